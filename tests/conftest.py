@@ -1,0 +1,86 @@
+"""Import the definition cells of gan.ipynb as the module `gan`; make tiny games to play with."""
+
+import os
+import types
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+os.environ["MPLBACKEND"] = "Agg"
+ROOT = Path(__file__).parent.parent
+
+
+def read_notebook():
+    return nbformat.read(ROOT / "gan.ipynb", as_version=4)
+
+
+def code_cells(notebook, tag=None):
+    """The code cells with this tag, or those with neither of the two tags."""
+    known = {"definitions", "parameters"}
+    for cell in notebook.cells:
+        tags = known.intersection(cell.metadata.get("tags", []))
+        if cell.cell_type == "code" and (tag in tags if tag else not tags):
+            yield cell
+
+
+def load_definitions():
+    module = types.ModuleType("gan")
+    for cell in code_cells(read_notebook(), "definitions"):
+        exec(compile(cell.source, f"<{cell.id}>", "exec"), vars(module))
+    return module
+
+
+@pytest.fixture(scope="session")
+def notebook():
+    return read_notebook()
+
+
+@pytest.fixture(scope="session")
+def gan():
+    return load_definitions()
+
+
+TINY = {
+    "DATASET": "MNIST",
+    "EPOCHS": 2,
+    "LIMIT": 96,
+    "BATCH_SIZE": 32,
+    "LATENT_DIM": 8,
+    "LEARNING_RATE": 5e-4,
+    "SEED": 1,
+    "RESUME": 1,
+}
+
+
+@pytest.fixture
+def tiny():
+    """Possible parameters of a run that takes no time."""
+    return dict(TINY)
+
+
+def random_images(count, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, 1, 28, 28), dtype=torch.uint8, generator=rng)
+
+
+def run(gan, parameters, folder):
+    """What the notebook's training cell does, on random images, with all output in folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    game = gan.Game(parameters, torch.device("cpu"))
+    if parameters["RESUME"]:
+        gan.resume(game, folder)
+    gan.train(game, random_images(parameters["LIMIT"]), random_images(40, 1), folder, folder)
+    return game
+
+
+def same(first, second):
+    """Whether two nested states hold the same bits."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second

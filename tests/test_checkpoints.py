@@ -1,0 +1,294 @@
+"""A run is never lost: exact resuming, and the faults that a checkpoint has to survive."""
+
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, run, same
+
+THREE = TINY | {"EPOCHS": 3}
+LATEST, KEPT = "checkpoint.pth", "checkpoint.previous.pth"
+
+
+@pytest.fixture(scope="module")
+def whole(gan, tmp_path_factory):
+    """The folder and the final state of three epochs that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(gan, THREE, folder).state_dict()
+
+
+@pytest.fixture
+def started(gan, tmp_path):
+    """A folder in which two of the three epochs are done."""
+    run(gan, TINY, tmp_path)
+    return tmp_path
+
+
+def assert_ends_like(whole, gan, folder):
+    """Go on in folder to the third epoch: every bit must be as in the undisturbed run."""
+    reference, state = whole
+    assert same(run(gan, THREE, folder).state_dict(), state)
+    assert same(gan.read_checkpoint(folder / LATEST)["game"], state)
+    for epoch in (1, 2, 3):
+        name = f"epoch_00{epoch}.png"
+        assert (folder / name).read_bytes() == (reference / name).read_bytes()
+    assert not list(folder.glob("*.tmp"))
+
+
+def run_elsewhere(folder, fault="", epochs=3):
+    """Train in a new process, after the lines of fault; return the finished process."""
+    lines = f"""
+        import os, signal, sys
+        from pathlib import Path
+        from conftest import TINY, load_definitions, run
+        gan = load_definitions()
+        def die_in(owner, name, call):  # by SIGKILL, in the call-th call
+            real, calls = getattr(owner, name), []
+            def dying(*args, **kwargs):
+                calls.append(name)
+                if len(calls) == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **kwargs)
+            setattr(owner, name, dying)
+        {fault}
+        run(gan, TINY | {{"EPOCHS": {epochs}}}, Path(sys.argv[1]))
+    """
+    script = "\n".join(line.removeprefix(" " * 8) for line in lines.splitlines())
+    command = [sys.executable, "-c", script, str(folder)]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+
+
+def test_a_run_resumed_in_a_new_process_ends_with_the_same_bits(gan, whole, tmp_path):
+    assert run_elsewhere(tmp_path, epochs=1).returncode == 0
+    torch.randn(3)
+    assert_ends_like(whole, gan, tmp_path)
+
+
+@pytest.mark.parametrize("left_out", ["generator_adam", "discriminator_adam", "averaged"])
+def test_the_comparison_notices_a_part_that_a_checkpoint_leaves_out(
+    gan, whole, tmp_path, monkeypatch, left_out
+):
+    parts = gan.Game.parts
+    fewer = {name for name in whole[1] if name not in (left_out, "history")}
+    monkeypatch.setattr(gan.Game, "parts", lambda game: {name: parts(game)[name] for name in fewer})
+    run(gan, TINY, tmp_path)
+    resumed = run(gan, THREE, tmp_path)
+    monkeypatch.undo()
+    assert not same(resumed.state_dict(), whole[1])
+
+
+def test_the_comparison_notices_random_numbers_that_forget_the_epoch(gan, tmp_path, monkeypatch):
+    def run_on_one_stream(parameters, folder):
+        stream = torch.Generator().manual_seed(0)
+        monkeypatch.setattr(gan, "random_numbers", lambda *args: stream)
+        return run(gan, parameters, folder)
+
+    undisturbed = run_on_one_stream(THREE, tmp_path / "whole")
+    run_on_one_stream(TINY, tmp_path / "halves")
+    resumed = run_on_one_stream(THREE, tmp_path / "halves")
+    assert not same(resumed.state_dict(), undisturbed.state_dict())
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        ("os", "fsync", 1),  # in the very first write
+        ("os", "fsync", 2),  # the second is written, not yet in place
+        ("os", "replace", 2),  # just before the first one is set aside
+        ("os", "replace", 3),  # the first one is aside, the second not yet in place
+        ("gan", "train_epoch", 3),  # between two writes
+    ],
+)
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(
+    gan, whole, tmp_path, owner, name, call
+):
+    killed = run_elsewhere(tmp_path, f"die_in({owner}, {name!r}, {call})")
+    assert killed.returncode == -signal.SIGKILL
+    assert_ends_like(whole, gan, tmp_path)
+
+
+@pytest.mark.parametrize("call", [2, 5])  # in mid-epoch: an epoch has three steps
+def test_an_interrupt_says_what_is_saved_and_goes_on_to_the_same_bits(
+    gan, whole, tmp_path, monkeypatch, capsys, call
+):
+    step, calls = gan.generator_step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(gan, "generator_step", interrupted)
+    game = run(gan, THREE, tmp_path)
+    done = (call - 1) // 3
+    assert f"Interrupted in epoch {done + 1}." in capsys.readouterr().out
+    assert len(calls) == call and len(game.history) == done
+    untouched = gan.Game(THREE, torch.device("cpu"))
+    if done:
+        gan.resume(untouched, tmp_path)
+    assert same(game.state_dict(), untouched.state_dict()), "the cells below see half an epoch"
+    assert_ends_like(whole, gan, tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_a_full_disk_is_an_error_that_keeps_the_last_checkpoint(gan, whole, tmp_path):
+    run(gan, TINY | {"EPOCHS": 1}, tmp_path)
+    before = (tmp_path / LATEST).read_bytes()
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
+    failed = run_elsewhere(tmp_path, limit)
+    assert failed.returncode == 1
+    assert f"{tmp_path / LATEST} could not be written" in failed.stderr.splitlines()[-1]
+    assert (tmp_path / LATEST).read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+    assert_ends_like(whole, gan, tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def damage(path, kind):
+    data = bytearray(path.read_bytes())
+    if kind == "one flipped bit":
+        data[len(data) // 2] ^= 1
+    elif kind == "cut short":
+        data = data[: len(data) // 2]
+    elif kind == "empty":
+        data = b""
+    elif kind == "not a checkpoint":
+        data = pickle.dumps(Bomb())
+    path.write_bytes(data)
+    if kind == "runs code":
+        torch.save({"format": 1, "game": Bomb()}, path)
+    elif kind == "another format":
+        torch.save({"format": 2, "game": {}}, path)
+    elif kind == "another content":
+        torch.save([1, 2, 3], path)
+
+
+KINDS = [
+    "one flipped bit",
+    "cut short",
+    "empty",
+    "not a checkpoint",
+    "runs code",
+    "another format",
+    "another content",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_serves(
+    gan, whole, started, monkeypatch, capsys, kind
+):
+    monkeypatch.chdir(started)
+    damage(started / LATEST, kind)
+    spoilt = (started / LATEST).read_bytes()
+    run(gan, TINY | {"EPOCHS": 1}, started)  # enough to go on from the epoch before, and stop
+    refused, going_on, *_ = capsys.readouterr().out.splitlines()
+    assert refused.startswith(f"{started / LATEST} is not a sound checkpoint: ")
+    assert going_on == f"Going on after epoch 1, from {started / KEPT}"
+    assert (started / "checkpoint.damaged").read_bytes() == spoilt, "set aside, not lost"
+    assert not (started / "exploded").exists()
+    assert_ends_like(whole, gan, started)
+
+
+def test_without_any_sound_checkpoint_it_stops_and_starts_nothing(gan, started):
+    for name in (LATEST, KEPT):
+        damage(started / name, "one flipped bit")
+    files = {path: path.read_bytes() for path in started.iterdir()}
+    for _ in range(2):  # also the second time
+        with pytest.raises(
+            ValueError, match="^No checkpoint in .* is sound: start anew with RESUME=0"
+        ):
+            run(gan, THREE, started)
+    assert {path: path.read_bytes() for path in started.iterdir()} == files
+
+
+def test_whatever_byte_is_damaged_a_checkpoint_is_refused_or_identical(gan, tmp_path):
+    path = tmp_path / LATEST
+    contents = {"format": gan.FORMAT, "parameters": TINY, "game": {"weights": torch.randn(20)}}
+    gan.save_atomically(contents, path)
+    data = path.read_bytes()
+    numbers = random.Random(0)
+    flipped = (
+        data[:at] + bytes([data[at] ^ 1 << numbers.randrange(8)]) + data[at + 1 :]
+        for at in range(len(data))
+    )
+    cut = (data[:length] for length in range(0, len(data), 7))
+    refused = 0
+    for damaged in (*flipped, *cut):
+        path.write_bytes(damaged)
+        try:
+            assert same(gan.read_checkpoint(path), contents)
+        except ValueError:
+            refused += 1
+    assert refused > len(data) / 4  # the rest is padding, and names and dates in the archive
+
+
+def test_other_parameters_are_refused_with_the_ways_out(gan, started):
+    before = (started / LATEST).read_bytes()
+    with pytest.raises(ValueError) as refusal:
+        run(gan, THREE | {"BATCH_SIZE": 16}, started)
+    for part in ("BATCH_SIZE was 32 and is 16", "RESUME=0", "OUTPUT_DIR"):
+        assert part in str(refusal.value)
+    assert "SEED" not in str(refusal.value) and "\n" not in str(refusal.value)
+    assert (started / LATEST).read_bytes() == before
+
+
+def test_with_all_epochs_done_nothing_is_trained(gan, started, capsys, monkeypatch):
+    monkeypatch.setattr(gan, "train_epoch", lambda *args: pytest.fail("trained"))
+    files = {path: path.read_bytes() for path in started.iterdir()}
+    assert len(run(gan, TINY, started).history) == 2
+    assert "nothing left to train" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in started.iterdir()} == files
+
+
+def test_starting_anew_keeps_the_old_checkpoint_until_a_new_one_is_complete(
+    gan, started, monkeypatch
+):
+    old = (started / LATEST).read_bytes()
+    anew = TINY | {"RESUME": 0, "SEED": 5}
+    with monkeypatch.context() as patch:
+        patch.setattr(gan, "train_epoch", lambda *args: signal.raise_signal(signal.SIGINT))
+        run(gan, anew, started)
+    assert (started / LATEST).read_bytes() == old
+    run(gan, anew | {"EPOCHS": 1}, started)
+    assert (started / KEPT).read_bytes() == old
+    assert gan.read_checkpoint(started / LATEST)["parameters"]["SEED"] == 5
+
+
+def test_losses_that_are_not_finite_stop_the_run_at_that_epoch(gan, started, monkeypatch):
+    before = (started / LATEST).read_bytes()
+    game = gan.Game(THREE, torch.device("cpu"))
+    gan.resume(game, started)
+    two_epochs = gan.read_checkpoint(started / LATEST)["game"]
+
+    def diverge(logits, label):
+        return (logits * float("nan")).mean()
+
+    monkeypatch.setattr(gan, "cross_entropy", diverge)
+    images = torch.zeros(96, 1, 28, 28, dtype=torch.uint8)
+    with pytest.raises(FloatingPointError, match="^Epoch 3: .* not finite .* LEARNING_RATE below"):
+        gan.train(game, images, images, started, started)
+    assert same(game.state_dict(), two_epochs)
+    assert (started / LATEST).read_bytes() == before
+
+
+def test_a_checkpoint_holds_what_its_docstring_lists(gan, started):
+    with zipfile.ZipFile(started / LATEST) as archive:
+        assert archive.testzip() is None
+    checkpoint = torch.load(started / LATEST, weights_only=True)
+    assert checkpoint.keys() == {"format", "parameters", "game"}
+    described = gan.save_checkpoint.__doc__
+    assert all(name in described for name in (*checkpoint, *checkpoint["game"]))

@@ -1,0 +1,140 @@
+"""The networks, the steps and the loop."""
+
+import math
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_images, run, same
+from PIL import Image
+
+CPU = torch.device("cpu")
+
+
+def test_generator_maps_latent_points_to_images_in_range(gan):
+    images = gan.Generator()(torch.randn(5, 100) * 10)
+    assert images.shape == (5, 1, 28, 28) and images.dtype == torch.float32
+    assert images.abs().max() <= 1
+    assert gan.Generator(7)(torch.randn(2, 7)).shape == (2, 1, 28, 28)
+
+
+def test_discriminator_gives_logits_that_leave_0_to_1(gan):
+    logits = gan.Discriminator()(torch.randn(64, 1, 28, 28) * 20)
+    assert logits.shape == (64, 1)
+    assert logits.min() < 0 or logits.max() > 1
+
+
+def test_both_networks_leak_where_their_input_is_negative(gan):
+    for network in (gan.Generator(), gan.Discriminator()):
+        leaks = [m.negative_slope for m in network if isinstance(m, torch.nn.LeakyReLU)]
+        assert leaks and all(slope == 0.2 for slope in leaks)
+        assert not any(isinstance(module, torch.nn.ReLU) for module in network)
+
+
+def test_images_are_scaled_to_the_range_of_tanh(gan):
+    scaled = gan.to_unit_range(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    assert scaled.dtype == torch.float32
+    torch.testing.assert_close(scaled, torch.tensor([-1.0, -0.6, 1.0]))
+
+
+def test_discriminator_step_moves_only_the_discriminator_and_lowers_its_loss(gan, tiny):
+    game = gan.Game(tiny | {"LEARNING_RATE": 1e-4}, CPU)
+    real = gan.to_unit_range(random_images(32))
+    fake = game.generator(torch.randn(32, 8))
+    generator, discriminator = deepcopy(game.generator), deepcopy(game.discriminator)
+    args = game.discriminator, game.discriminator_adam, real, fake
+    loss, on_real, on_fake = gan.discriminator_step(*args)
+    assert same(game.generator.state_dict(), generator.state_dict())
+    assert all(weights.grad is None for weights in game.generator.parameters())
+    assert not same(game.discriminator.state_dict(), discriminator.state_dict())
+    expected = -on_real.sigmoid().log().mean() - (1 - on_fake.sigmoid()).log().mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(on_fake, discriminator(fake).detach())
+    assert gan.discriminator_step(*args)[0] < loss and not loss.requires_grad
+
+
+def test_generator_step_moves_only_the_generator_and_lowers_its_loss(gan, tiny):
+    game = gan.Game(tiny | {"LEARNING_RATE": 1e-4}, CPU)
+    points = torch.randn(32, 8)
+    discriminator = deepcopy(game.discriminator)
+    before = [weights.clone() for weights in game.generator.parameters()]
+    losses = []
+    for _ in range(2):
+        fake = game.generator(points)
+        args = game.generator, game.discriminator, game.generator_adam, fake
+        losses.append(gan.generator_step(*args))
+        torch.testing.assert_close(losses[-1], -discriminator(fake).sigmoid().log().mean())
+    assert losses[1] < losses[0] and not losses[0].requires_grad
+    assert same(game.discriminator.state_dict(), discriminator.state_dict())
+    assert all(weights.grad is None for weights in game.discriminator.parameters())
+    moved = zip(before, game.generator.parameters(), strict=True)
+    assert not any(torch.equal(old, new) for old, new in moved)
+
+
+def test_averaged_generator_follows_slowly_with_the_same_batch_norm_statistics(gan, tiny):
+    game = gan.Game(tiny, CPU)
+    start = game.averaged.module[0].weight.clone()
+    record = gan.train_epoch(game, random_images(96), random_images(8), torch.Generator())
+    follower, leader = game.averaged.module[0].weight, game.generator[0].weight
+    assert 0 < (follower - start).norm() < (leader - start).norm()
+    assert same(dict(game.averaged.module.named_buffers()), dict(game.generator.named_buffers()))
+    assert game.generator.training and not game.averaged.training
+    assert all(0 <= record[key] <= 1 for key in record if key.startswith("accuracy"))
+
+
+def test_an_epoch_shows_every_image_once_and_a_remainder_waits(gan, tiny, monkeypatch):
+    seen = []
+    step = gan.discriminator_step
+
+    def spy(discriminator, optimizer, real, fake):
+        seen.append(real)
+        return step(discriminator, optimizer, real, fake)
+
+    monkeypatch.setattr(gan, "discriminator_step", spy)
+    images = torch.arange(100, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+    gan.train_epoch(gan.Game(tiny, CPU), images, random_images(8), torch.Generator())
+    shown = torch.cat(seen)[:, 0, 0, 0]
+    assert len(shown) == len(shown.unique()) == 96
+
+
+def test_same_seed_same_weights_and_another_seed_other_weights(gan, tiny, tmp_path):
+    first = run(gan, tiny, tmp_path / "a").state_dict()
+    torch.randn(3)  # what is drawn elsewhere changes nothing
+    assert same(first, run(gan, tiny, tmp_path / "b").state_dict())
+    other = run(gan, tiny | {"SEED": 2}, tmp_path / "c").state_dict()
+    assert not same(first["generator"], other["generator"])
+
+
+def test_training_writes_comparable_grids_and_a_record_an_epoch(gan, tiny, tmp_path):
+    game = run(gan, tiny, tmp_path)
+    grids = [np.asarray(Image.open(tmp_path / f"epoch_00{k}.png")) for k in (1, 2)]
+    assert [record.keys() for record in game.history] == [game.history[0].keys()] * 2
+    assert all(math.isfinite(value) for record in game.history for value in record.values())
+    points = game.latent_points(64, gan.random_numbers(tiny["SEED"], 0, CPU))
+    digit = game.sample(points)[9, 0]  # second row, second column of 30 pixels each
+    shown = grids[1][32:60, 32:60, 0]
+    assert np.abs(shown - 127.5 * (digit.numpy() + 1)).max() <= 1, "not on the fixed grey scale"
+    assert grids[0].shape == grids[1].shape == (242, 242, 3) and (grids[0] != grids[1]).any()
+
+
+def test_the_epoch_line_counts_and_reports_a_collapse(gan):
+    healthy, collapsed = {"variety": 0.9}, {"variety": 0.1}
+    assert gan.progress_line([healthy] * 3, 5, 30) == "Epoch 3 of 5: 30.0 s an epoch, 1.0 min left"
+    assert "Mode collapse" in gan.progress_line([healthy, collapsed], 5, 30)
+    assert "Mode collapse" not in gan.progress_line([collapsed, healthy], 5, 30)
+
+
+def test_variety_tells_a_collapsed_generator(gan, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(gan.Game, "sample", lambda game, points: torch.zeros(64, 1, 28, 28))
+    assert run(gan, tiny | {"EPOCHS": 1}, tmp_path).history[0]["variety"] < 0.01
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 9])
+def test_the_pictures_are_drawn_with_whatever_there_is(gan, tmp_path, epochs, capsys):
+    accuracies = ["accuracy_training", "accuracy_held_out", "accuracy_forged"]
+    history = [dict.fromkeys(["loss_d", "loss_g", "variety", *accuracies], 0.5)] * epochs
+    figure = gan.progress_figure(history, torch.zeros(64, 1, 28, 28))
+    figure.canvas.draw()
+    gan.plot_filmstrip(tmp_path, epochs)
+    assert "none of its pictures" in capsys.readouterr().out

@@ -1,0 +1,232 @@
+"""The notebook as a document: its rules, its parameters, its data, a whole run of it."""
+
+import ast
+import builtins
+import dis
+import gzip
+import json
+import re
+import subprocess
+import types
+from copy import deepcopy
+
+import nbformat
+import pytest
+import torch
+from conftest import ROOT, TINY, code_cells
+from nbconvert.preprocessors import ExecutePreprocessor
+
+DEFINES = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.Import, ast.ImportFrom)
+
+
+def test_the_notebook_is_valid_and_runs_on_any_python3_kernel(notebook):
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    ids = [cell.id for cell in notebook.cells]
+    assert len(ids) == len(set(ids))
+    assert len(list(code_cells(notebook, "parameters"))) == 1
+
+
+def test_definition_cells_only_define(notebook, capsys):
+    for cell in code_cells(notebook, "definitions"):
+        for node in ast.parse(cell.source).body:
+            if isinstance(node, ast.Assign):
+                ast.literal_eval(node.value)  # a constant
+            else:
+                assert isinstance(node, DEFINES), f"{cell.id}, line {node.lineno}, runs something"
+
+
+def test_other_cells_define_nothing(notebook):
+    for cell in (*code_cells(notebook), *code_cells(notebook, "parameters")):
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not isinstance(node, DEFINES), (
+                f"{cell.id}, line {node.lineno}, defines something"
+            )
+
+
+def test_definitions_use_no_name_that_a_run_cell_makes(notebook, gan):
+    def foreign_names(code):
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                yield instruction.argval
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                yield from foreign_names(constant)
+
+    for cell in code_cells(notebook, "definitions"):
+        for definition in ast.parse(cell.source).body:
+            if isinstance(definition, ast.FunctionDef | ast.ClassDef):
+                module = ast.Module([definition], [])
+                known = vars(gan).keys() | vars(builtins).keys() | {"__name__", "__qualname__"}
+                known |= {node.name for node in ast.walk(module) if hasattr(node, "name")}
+                unknown = set(foreign_names(compile(module, cell.id, "exec"))) - known
+                assert not unknown, f"{definition.name} in {cell.id} reads {unknown}"
+
+
+def test_every_definition_says_what_it_is(notebook):
+    for cell in code_cells(notebook, "definitions"):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "__init__":
+                assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+def test_a_setting_comes_from_the_environment_in_the_type_of_its_default(gan, monkeypatch):
+    assert gan.setting("EPOCHS", 50) == 50
+    for default, text, value in ((50, "3", 3), (5e-4, "1e-3", 1e-3), (".", "runs/1", "runs/1")):
+        monkeypatch.setenv("GAN_EPOCHS", text)
+        assert gan.setting("EPOCHS", default) == value
+    for default, text in ((50, "abc"), (50, "1.5"), (50, ""), (5e-4, "fast")):
+        monkeypatch.setenv("GAN_EPOCHS", text)
+        with pytest.raises(
+            ValueError, match=f"^GAN_EPOCHS={text} is impossible: EPOCHS must be a "
+        ):
+            gan.setting("EPOCHS", default)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATASET", "CIFAR10"),
+        ("EPOCHS", -3),
+        ("EPOCHS", 0),
+        ("EPOCHS", "5"),
+        ("EPOCHS", 2.5),
+        ("BATCH_SIZE", 1),
+        ("BATCH_SIZE", 97),
+        ("LATENT_DIM", 0),
+        ("LEARNING_RATE", 0),
+        ("LEARNING_RATE", float("nan")),
+        ("SEED", -1),
+        ("LIMIT", 60_001),
+        ("LIMIT", -1),
+        ("LIMIT", "all"),
+        ("RESUME", 2),
+    ],
+)
+def test_an_impossible_value_is_refused_in_one_line_that_names_it(gan, tiny, name, value):
+    assert gan.check_parameters(tiny | {"OTHER": 1}) == tiny
+    with pytest.raises(ValueError) as refusal:
+        gan.check_parameters(tiny | {name: value})
+    assert str(refusal.value).startswith(f"{name} = {value!r}")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_batch_may_be_as_large_as_the_data(gan, tiny):
+    assert gan.check_parameters(tiny | {"BATCH_SIZE": 96})
+    assert gan.check_parameters(tiny | {"BATCH_SIZE": 60_000, "LIMIT": 0})
+
+
+def test_the_embedded_digits_are_read_without_a_connection(gan, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: pytest.fail("connected"))
+    for train, count in ((True, 60_000), (False, 10_000)):
+        images = gan.load_images("MNIST", train, root=ROOT / "data")
+        assert images.shape == (count, 1, 28, 28) and images.dtype == torch.uint8
+        assert images.min() == 0 and images.max() == 255
+
+
+@pytest.mark.parametrize("dataset", ["MNIST", "FashionMNIST", "KMNIST"])
+def test_data_that_cannot_be_had_are_named_with_their_place(gan, dataset, tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no connection")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    raw = tmp_path / dataset / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"damaged"))
+    with pytest.raises(RuntimeError) as refusal:
+        gan.load_images(dataset, True, root=tmp_path)
+    for wanted in ("train-images", "train-labels", "t10k-images", "t10k-labels", str(raw)):
+        assert wanted in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_damaged_unpacked_file_is_reported_too(gan, tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{name}-ubyte").write_bytes(b"\0\0\x08\x03cut short")
+    with pytest.raises(RuntimeError, match=re.escape(str(raw))):
+        gan.load_images("MNIST", True, root=tmp_path)
+
+
+def test_a_whole_run_leaves_what_is_promised_and_a_clean_notebook(notebook, tmp_path):
+    """Execute the notebook with papermill's way of setting parameters: a cell after theirs."""
+    tiny = TINY | {"OUTPUT_DIR": str(tmp_path / "out")}
+    notebook = deepcopy(notebook)
+    place = 1 + notebook.cells.index(next(code_cells(notebook, "parameters")))
+    injected = "\n".join(f"{name} = {value!r}" for name, value in tiny.items())
+    notebook.cells.insert(place, nbformat.v4.new_code_cell(injected))
+    executor = ExecutePreprocessor(record_timing=False)
+    executor.preprocess(notebook, {"metadata": {"path": str(ROOT)}})
+
+    made = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
+    assert made == {
+        "gan_images/epoch_001.png",
+        "gan_images/epoch_002.png",
+        "models/checkpoint.pth",
+        "models/checkpoint.previous.pth",
+        "models/generator.pth",
+        "models/discriminator.pth",
+    }
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert all(output.get("name") != "stderr" for output in outputs)
+    lines = [output.data["text/plain"] for output in outputs if "data" in output]
+    assert sum(line.startswith("Epoch ") for line in lines) == 1
+    assert any(line.startswith("Epoch 2 of 2") for line in lines)
+
+
+def section(readme, heading):
+    return re.split(r"^## ", readme.split(f"\n## {heading}\n", 1)[1], flags=re.M)[0]
+
+
+def test_the_readme_has_one_line_each_to_run_and_to_test():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for heading, ending in (("Run", " gan.ipynb"), ("Test", " -m pytest")):
+        (command,) = re.findall(r"^```.*\n([\s\S]*?)^```", section(readme, heading), flags=re.M)
+        assert command.count("\n") == 1 and command.strip().endswith(ending)
+        assert "-r requirements.txt" in command
+
+
+def test_the_readme_and_the_notebook_explain_the_same_parameters(notebook):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    cell = next(code_cells(notebook, "parameters"))
+    names = re.findall(r"^([A-Z_]+) = ", cell.source, flags=re.M)
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for text in (section(readme, "Parameters"), prose):
+        assert re.findall(r"^\| `([A-Z_]+)` \|", text, flags=re.M) == names
+
+
+@pytest.fixture(scope="module")
+def committed():
+    """git's copy of the notebook: what a visitor sees, whatever was run or edited since."""
+    git = ["git", "-C", str(ROOT), "show", "HEAD:gan.ipynb"]
+    try:
+        text = subprocess.run(git, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git clone")
+    assert len(text) < 1_000_000
+    return json.loads(text)
+
+
+def test_the_committed_notebook_is_one_clean_run_of_its_defaults(committed):
+    cells = [cell for cell in committed["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert all("execution" not in cell["metadata"] for cell in cells), "timing metadata"
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not any(output["output_type"] == "error" for output in outputs)
+    assert not any(output.get("name") == "stderr" for output in outputs)
+    assert not re.search(
+        r"[^\w.:/](/[a-z]+){2,}|[A-Z]:\\\\",
+        json.dumps(
+            [{**output, "data": {**output.get("data", {}), "image/png": ""}} for output in outputs]
+        ),
+    ), "an absolute path"
+    default = next(
+        int(found)
+        for cell in cells
+        for found in re.findall(
+            r'^EPOCHS = setting\("EPOCHS", (\d+)\)', "".join(cell["source"]), re.M
+        )
+    )
+    assert f"Epoch {default} of {default}" in json.dumps(outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5
