@@ -4,11 +4,15 @@ import os
 import types
 from pathlib import Path
 
+import matplotlib
 import nbformat
 import pytest
 import torch
 
-os.environ["MPLBACKEND"] = "Agg"
+matplotlib.use("Agg")
+torch.set_num_threads(1)  # these games are too small to share
+for name in [name for name in os.environ if name.startswith("GAN_")]:
+    del os.environ[name]  # the tests choose their own parameters
 ROOT = Path(__file__).parent.parent
 
 

@@ -100,10 +100,11 @@ def test_the_comparison_notices_random_numbers_that_forget_the_epoch(gan, tmp_pa
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
-        ("os", "fsync", 1),  # in the very first write
-        ("os", "fsync", 2),  # the second is written, not yet in place
-        ("os", "replace", 2),  # just before the first one is set aside
-        ("os", "replace", 3),  # the first one is aside, the second not yet in place
+        ("gan.os", "fsync", 1),  # in the first picture
+        ("gan.os", "fsync", 3),  # in the first checkpoint
+        ("gan.os", "fsync", 7),  # the second checkpoint is written, not yet in place
+        ("gan.os", "replace", 4),  # just before the first checkpoint is set aside
+        ("gan.os", "replace", 5),  # the first is aside, the second not yet in place
         ("gan", "train_epoch", 3),  # between two writes
     ],
 )
@@ -115,9 +116,10 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(
     assert_ends_like(whole, gan, tmp_path)
 
 
+@pytest.mark.parametrize("resumes", [0, 1])
 @pytest.mark.parametrize("call", [2, 5])  # in mid-epoch: an epoch has three steps
 def test_an_interrupt_says_what_is_saved_and_goes_on_to_the_same_bits(
-    gan, whole, tmp_path, monkeypatch, capsys, call
+    gan, whole, tmp_path, monkeypatch, capsys, call, resumes
 ):
     step, calls = gan.generator_step, []
 
@@ -128,9 +130,11 @@ def test_an_interrupt_says_what_is_saved_and_goes_on_to_the_same_bits(
         return step(*args)
 
     monkeypatch.setattr(gan, "generator_step", interrupted)
-    game = run(gan, THREE, tmp_path)
+    game = run(gan, THREE | {"RESUME": resumes}, tmp_path)
     done = (call - 1) // 3
-    assert f"Interrupted in epoch {done + 1}." in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()[-1]
+    way_on = ", all saved: run this cell again, with RESUME = 1, to go on" if done else ""
+    assert said == f"Interrupted after {done} epochs{way_on}."
     assert len(calls) == call and len(game.history) == done
     untouched = gan.Game(THREE, torch.device("cpu"))
     if done:
@@ -146,7 +150,7 @@ def test_a_full_disk_is_an_error_that_keeps_the_last_checkpoint(gan, whole, tmp_
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
     failed = run_elsewhere(tmp_path, limit)
     assert failed.returncode == 1
-    assert f"{tmp_path / LATEST} could not be written" in failed.stderr.splitlines()[-1]
+    assert f"{tmp_path / LATEST} could not be written: File too large" in failed.stderr
     assert (tmp_path / LATEST).read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
     assert_ends_like(whole, gan, tmp_path)
@@ -218,7 +222,7 @@ def test_without_any_sound_checkpoint_it_stops_and_starts_nothing(gan, started):
 def test_whatever_byte_is_damaged_a_checkpoint_is_refused_or_identical(gan, tmp_path):
     path = tmp_path / LATEST
     contents = {"format": gan.FORMAT, "parameters": TINY, "game": {"weights": torch.randn(20)}}
-    gan.save_atomically(contents, path)
+    gan.write_atomically(path, torch.save, contents)
     data = path.read_bytes()
     numbers = random.Random(0)
     flipped = (
@@ -240,7 +244,7 @@ def test_other_parameters_are_refused_with_the_ways_out(gan, started):
     before = (started / LATEST).read_bytes()
     with pytest.raises(ValueError) as refusal:
         run(gan, THREE | {"BATCH_SIZE": 16}, started)
-    for part in ("BATCH_SIZE was 32 and is 16", "RESUME=0", "OUTPUT_DIR"):
+    for part in ("BATCH_SIZE = 32, not 16", "RESUME=0", "OUTPUT_DIR"):
         assert part in str(refusal.value)
     assert "SEED" not in str(refusal.value) and "\n" not in str(refusal.value)
     assert (started / LATEST).read_bytes() == before
@@ -268,7 +272,8 @@ def test_starting_anew_keeps_the_old_checkpoint_until_a_new_one_is_complete(
     assert gan.read_checkpoint(started / LATEST)["parameters"]["SEED"] == 5
 
 
-def test_losses_that_are_not_finite_stop_the_run_at_that_epoch(gan, started, monkeypatch):
+@pytest.mark.parametrize("poison", ["the losses", "the last step"])
+def test_a_run_that_is_no_longer_finite_stops_at_that_epoch(gan, started, monkeypatch, poison):
     before = (started / LATEST).read_bytes()
     game = gan.Game(THREE, torch.device("cpu"))
     gan.resume(game, started)
@@ -277,9 +282,17 @@ def test_losses_that_are_not_finite_stop_the_run_at_that_epoch(gan, started, mon
     def diverge(logits, label):
         return (logits * float("nan")).mean()
 
-    monkeypatch.setattr(gan, "cross_entropy", diverge)
+    def spoil(averaged, generator, step, update=gan.update_average):
+        generator[0].weight.data.fill_(float("nan"))  # after both losses of the step
+        update(averaged, generator, step)
+
+    if poison == "the losses":
+        monkeypatch.setattr(gan, "cross_entropy", diverge)
+    else:
+        monkeypatch.setattr(gan, "update_average", spoil)
+        game.parameters = game.parameters | {"BATCH_SIZE": 96}  # an epoch of one step
     images = torch.zeros(96, 1, 28, 28, dtype=torch.uint8)
-    with pytest.raises(FloatingPointError, match="^Epoch 3: .* not finite .* LEARNING_RATE below"):
+    with pytest.raises(FloatingPointError, match="^Epoch 3: .* not finite.* LEARNING_RATE below"):
         gan.train(game, images, images, started, started)
     assert same(game.state_dict(), two_epochs)
     assert (started / LATEST).read_bytes() == before

@@ -4,7 +4,6 @@ import ast
 import builtins
 import dis
 import gzip
-import json
 import re
 import subprocess
 import types
@@ -27,7 +26,7 @@ def test_the_notebook_is_valid_and_runs_on_any_python3_kernel(notebook):
     assert len(list(code_cells(notebook, "parameters"))) == 1
 
 
-def test_definition_cells_only_define(notebook, capsys):
+def test_definition_cells_only_define(notebook):
     for cell in code_cells(notebook, "definitions"):
         for node in ast.parse(cell.source).body:
             if isinstance(node, ast.Assign):
@@ -140,11 +139,12 @@ def test_data_that_cannot_be_had_are_named_with_their_place(gan, dataset, tmp_pa
     assert "\n" not in str(refusal.value)
 
 
-def test_a_damaged_unpacked_file_is_reported_too(gan, tmp_path):
+@pytest.mark.parametrize("content", [b"\0\0\x08\x03cut short", bytes(100), b""])
+def test_a_damaged_unpacked_file_is_reported_too(gan, tmp_path, content):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        (raw / f"{name}-ubyte").write_bytes(b"\0\0\x08\x03cut short")
+        (raw / f"{name}-ubyte").write_bytes(content)
     with pytest.raises(RuntimeError, match=re.escape(str(raw))):
         gan.load_images("MNIST", True, root=tmp_path)
 
@@ -173,6 +173,7 @@ def test_a_whole_run_leaves_what_is_promised_and_a_clean_notebook(notebook, tmp_
     lines = [output.data["text/plain"] for output in outputs if "data" in output]
     assert sum(line.startswith("Epoch ") for line in lines) == 1
     assert any(line.startswith("Epoch 2 of 2") for line in lines)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
 
 
 def section(readme, heading):
@@ -189,11 +190,16 @@ def test_the_readme_has_one_line_each_to_run_and_to_test():
 
 def test_the_readme_and_the_notebook_explain_the_same_parameters(notebook):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    cell = next(code_cells(notebook, "parameters"))
-    names = re.findall(r"^([A-Z_]+) = ", cell.source, flags=re.M)
+    names = [name for name, _ in parameter_lines(notebook)]
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     for text in (section(readme, "Parameters"), prose):
         assert re.findall(r"^\| `([A-Z_]+)` \|", text, flags=re.M) == names
+
+
+def parameter_lines(notebook):
+    """The name and the value, as text, of each line of the parameters cell."""
+    cell = next(code_cells(notebook, "parameters"))
+    return re.findall(r"^([A-Z_]+) = (.*)$", cell.source, flags=re.M)
 
 
 @pytest.fixture(scope="module")
@@ -201,32 +207,43 @@ def committed():
     """git's copy of the notebook: what a visitor sees, whatever was run or edited since."""
     git = ["git", "-C", str(ROOT), "show", "HEAD:gan.ipynb"]
     try:
-        text = subprocess.run(git, capture_output=True, check=True).stdout
+        text = subprocess.run(git, capture_output=True, check=True).stdout.decode()
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git clone")
-    assert len(text) < 1_000_000
-    return json.loads(text)
+    return nbformat.reads(text, as_version=4)
+
+
+def test_every_parameter_can_come_from_the_environment(gan, committed, monkeypatch):
+    cell = next(code_cells(committed, "parameters"))
+    defaults, changed = dict(vars(gan)), dict(vars(gan))
+    exec(cell.source, defaults)
+    names = [name for name, _ in parameter_lines(committed)]
+    for name in names:
+        more = defaults[name] + ("x" if isinstance(defaults[name], str) else 1)
+        monkeypatch.setenv(f"GAN_{name}", str(more))
+    exec(cell.source, changed)
+    assert all(changed[name] != defaults[name] for name in names)
+    assert [type(changed[name]) for name in names] == [type(defaults[name]) for name in names]
+
+
+def test_the_readme_gives_the_committed_defaults(gan, committed):
+    values = dict(vars(gan))
+    exec(next(code_cells(committed, "parameters")).source, values)
+    table = section((ROOT / "README.md").read_text(encoding="utf-8"), "Parameters")
+    for name, default in re.findall(r"^\| `([A-Z_]+)` \| `?([^`|]+?)`? \|", table, flags=re.M):
+        assert type(values[name])(default) == values[name], name
 
 
 def test_the_committed_notebook_is_one_clean_run_of_its_defaults(committed):
-    cells = [cell for cell in committed["cells"] if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    assert all("execution" not in cell["metadata"] for cell in cells), "timing metadata"
-    outputs = [output for cell in cells for output in cell["outputs"]]
-    assert not any(output["output_type"] == "error" for output in outputs)
+    cells = [cell for cell in committed.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any("execution" in cell.metadata for cell in cells), "timing metadata"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not any(output.output_type == "error" for output in outputs)
     assert not any(output.get("name") == "stderr" for output in outputs)
-    assert not re.search(
-        r"[^\w.:/](/[a-z]+){2,}|[A-Z]:\\\\",
-        json.dumps(
-            [{**output, "data": {**output.get("data", {}), "image/png": ""}} for output in outputs]
-        ),
-    ), "an absolute path"
-    default = next(
-        int(found)
-        for cell in cells
-        for found in re.findall(
-            r'^EPOCHS = setting\("EPOCHS", (\d+)\)', "".join(cell["source"]), re.M
-        )
-    )
-    assert f"Epoch {default} of {default}" in json.dumps(outputs)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5
+    texts = [output.get("text", output.get("data", {}).get("text/plain", "")) for output in outputs]
+    assert not re.search(r"(^|[\s'\"])(/\w+/|[A-Z]:\\)", "\n".join(texts)), "an absolute path"
+    epochs = re.search(r"\d+", dict(parameter_lines(committed))["EPOCHS"])[0]
+    assert any(text.startswith(f"Epoch {epochs} of {epochs}") for text in texts)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
+    assert len(nbformat.writes(committed)) < 1_000_000
