@@ -133,7 +133,7 @@ def test_an_interrupt_says_what_is_saved_and_goes_on_to_the_same_bits(
     game = run(gan, THREE | {"RESUME": resumes}, tmp_path)
     done = (call - 1) // 3
     said = capsys.readouterr().out.splitlines()[-1]
-    way_on = ", all saved: run this cell again, with RESUME = 1, to go on" if done else ""
+    way_on = ", all saved: run from this cell on, with RESUME = 1, to go on" if done else ""
     assert said == f"Interrupted after {done} epochs{way_on}."
     assert len(calls) == call and len(game.history) == done
     untouched = gan.Game(THREE, torch.device("cpu"))

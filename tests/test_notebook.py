@@ -110,6 +110,14 @@ def test_an_impossible_value_is_refused_in_one_line_that_names_it(gan, tiny, nam
     assert "\n" not in str(refusal.value)
 
 
+def test_an_output_folder_that_cannot_be_made_is_refused_by_its_name(gan, tmp_path):
+    for folder in gan.make_folders(str(tmp_path / "runs" / "1")):
+        assert folder.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="^OUTPUT_DIR = .* cannot be used: "):
+        gan.make_folders(str(tmp_path / "file"))
+
+
 def test_a_batch_may_be_as_large_as_the_data(gan, tiny):
     assert gan.check_parameters(tiny | {"BATCH_SIZE": 96})
     assert gan.check_parameters(tiny | {"BATCH_SIZE": 60_000, "LIMIT": 0})
