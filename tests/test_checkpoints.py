@@ -2,11 +2,9 @@
 
 import os
 import pickle
-import random
 import signal
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -161,7 +159,7 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-def damage(path, kind):
+def damage(gan, path, kind):
     data = bytearray(path.read_bytes())
     if kind == "one flipped bit":
         data[len(data) // 2] ^= 1
@@ -172,12 +170,13 @@ def damage(path, kind):
     elif kind == "not a checkpoint":
         data = pickle.dumps(Bomb())
     path.write_bytes(data)
-    if kind == "runs code":
-        torch.save({"format": 1, "game": Bomb()}, path)
-    elif kind == "another format":
-        torch.save({"format": 2, "game": {}}, path)
-    elif kind == "another content":
-        torch.save([1, 2, 3], path)
+    contents = {
+        "runs code": {"format": gan.FORMAT, "parameters": TINY, "game": Bomb()},
+        "another format": {"format": gan.FORMAT + 1, "parameters": TINY, "game": {}},
+        "another content": [1, 2, 3],
+    }
+    if kind in contents:
+        gan.write_atomically(path, gan.save_with_checksum, contents[kind])
 
 
 KINDS = [
@@ -196,7 +195,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_serves(
     gan, whole, started, monkeypatch, capsys, kind
 ):
     monkeypatch.chdir(started)
-    damage(started / LATEST, kind)
+    damage(gan, started / LATEST, kind)
     spoilt = (started / LATEST).read_bytes()
     run(gan, TINY | {"EPOCHS": 1}, started)  # enough to go on from the epoch before, and stop
     refused, going_on, *_ = capsys.readouterr().out.splitlines()
@@ -209,7 +208,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_serves(
 
 def test_without_any_sound_checkpoint_it_stops_and_starts_nothing(gan, started):
     for name in (LATEST, KEPT):
-        damage(started / name, "one flipped bit")
+        damage(gan, started / name, "one flipped bit")
     files = {path: path.read_bytes() for path in started.iterdir()}
     for _ in range(2):  # also the second time
         with pytest.raises(
@@ -219,25 +218,22 @@ def test_without_any_sound_checkpoint_it_stops_and_starts_nothing(gan, started):
     assert {path: path.read_bytes() for path in started.iterdir()} == files
 
 
-def test_whatever_byte_is_damaged_a_checkpoint_is_refused_or_identical(gan, tmp_path):
+def test_whatever_bit_is_damaged_a_checkpoint_is_refused(gan, tmp_path):
     path = tmp_path / LATEST
     contents = {"format": gan.FORMAT, "parameters": TINY, "game": {"weights": torch.randn(20)}}
-    gan.write_atomically(path, torch.save, contents)
+    gan.write_atomically(path, gan.save_with_checksum, contents)
+    assert same(gan.read_checkpoint(path), contents)
     data = path.read_bytes()
-    numbers = random.Random(0)
     flipped = (
-        data[:at] + bytes([data[at] ^ 1 << numbers.randrange(8)]) + data[at + 1 :]
+        data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
         for at in range(len(data))
+        for bit in range(8)
     )
-    cut = (data[:length] for length in range(0, len(data), 7))
-    refused = 0
+    cut = (data[:length] for length in range(len(data)))
     for damaged in (*flipped, *cut):
         path.write_bytes(damaged)
-        try:
-            assert same(gan.read_checkpoint(path), contents)
-        except ValueError:
-            refused += 1
-    assert refused > len(data) / 4  # the rest is padding, and names and dates in the archive
+        with pytest.raises(ValueError, match="not a sound checkpoint"):
+            gan.read_checkpoint(path)
 
 
 def test_other_parameters_are_refused_with_the_ways_out(gan, started):
@@ -299,8 +295,6 @@ def test_a_run_that_is_no_longer_finite_stops_at_that_epoch(gan, started, monkey
 
 
 def test_a_checkpoint_holds_what_its_docstring_lists(gan, started):
-    with zipfile.ZipFile(started / LATEST) as archive:
-        assert archive.testzip() is None
     checkpoint = torch.load(started / LATEST, weights_only=True)
     assert checkpoint.keys() == {"format", "parameters", "game"}
     described = gan.save_checkpoint.__doc__
