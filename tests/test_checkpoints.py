@@ -15,6 +15,14 @@ THREE = TINY | {"EPOCHS": 3}
 LATEST, KEPT = "checkpoint.pth", "checkpoint.previous.pth"
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Let SIGINT interrupt, also where the shell that started the tests ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def whole(gan, tmp_path_factory):
     """The folder and the final state of three epochs that nothing disturbed."""

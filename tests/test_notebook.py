@@ -181,7 +181,7 @@ def test_a_whole_run_leaves_what_is_promised_and_a_clean_notebook(notebook, tmp_
     lines = [output.data["text/plain"] for output in outputs if "data" in output]
     assert sum(line.startswith("Epoch ") for line in lines) == 1
     assert any(line.startswith("Epoch 2 of 2") for line in lines)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
 
 
 def section(readme, heading):
@@ -253,5 +253,5 @@ def test_the_committed_notebook_is_one_clean_run_of_its_defaults(committed):
     assert not re.search(r"(^|[\s'\"])(/\w+/|[A-Z]:\\)", "\n".join(texts)), "an absolute path"
     epochs = re.search(r"\d+", dict(parameter_lines(committed))["EPOCHS"])[0]
     assert any(text.startswith(f"Epoch {epochs} of {epochs}") for text in texts)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
     assert len(nbformat.writes(committed)) < 1_000_000
