@@ -162,6 +162,17 @@ def test_a_full_disk_is_an_error_that_keeps_the_last_checkpoint(gan, whole, tmp_
     assert_ends_like(whole, gan, tmp_path)
 
 
+def test_a_file_is_on_the_disk_before_it_is_moved_into_place(gan, tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            gan.os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))
+        )
+    gan.write_atomically(tmp_path / LATEST, torch.save, 1)
+    assert calls == ["fsync", "replace"] + ["fsync"] * (os.name == "posix")  # file; folder
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)

@@ -107,6 +107,15 @@ def test_same_seed_same_weights_and_another_seed_other_weights(gan, tiny, tmp_pa
     assert not same(first["generator"], other["generator"])
 
 
+def test_each_epoch_of_each_seed_has_its_own_random_numbers(gan):
+    def draw(seed, epoch):
+        return tuple(torch.randn(4, generator=gan.random_numbers(seed, epoch, CPU)).tolist())
+
+    pairs = [(seed, epoch) for seed in (0, 1, 2**32 - 1) for epoch in (0, 1, 2)]
+    assert len({draw(*pair) for pair in pairs}) == len(pairs)
+    assert all(draw(*pair) == draw(*pair) for pair in pairs)
+
+
 def test_training_writes_comparable_grids_and_a_record_an_epoch(gan, tiny, tmp_path):
     game = run(gan, tiny, tmp_path)
     grids = [plt.imread(tmp_path / f"epoch_00{k}.png") for k in (1, 2)]
