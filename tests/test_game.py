@@ -84,6 +84,14 @@ def test_averaged_generator_follows_slowly_with_the_same_batch_norm_statistics(g
     assert all(0 <= record[key] <= 1 for key in record if key.startswith("accuracy"))
 
 
+def test_the_average_counts_its_steps_over_all_epochs(gan, tiny, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(gan, "update_average", lambda *args: steps.append(args[2]))
+    run(gan, tiny | {"EPOCHS": 1}, tmp_path)
+    run(gan, tiny, tmp_path)  # goes on, with three steps an epoch
+    assert steps == list(range(6))
+
+
 def test_an_epoch_shows_every_image_once_and_a_remainder_waits(gan, tiny, monkeypatch):
     seen = []
     step = gan.discriminator_step
