@@ -46,7 +46,7 @@ def gan():
     return load_definitions()
 
 
-TINY = {
+TINY = {  # possible parameters of a run that takes no time
     "DATASET": "MNIST",
     "EPOCHS": 2,
     "LIMIT": 96,
@@ -56,12 +56,6 @@ TINY = {
     "SEED": 1,
     "RESUME": 1,
 }
-
-
-@pytest.fixture
-def tiny():
-    """Possible parameters of a run that takes no time."""
-    return dict(TINY)
 
 
 def random_images(count, seed=0):

@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +68,7 @@ def run_elsewhere(folder, fault="", epochs=3):
         {fault}
         run(gan, TINY | {{"EPOCHS": {epochs}}}, Path(sys.argv[1]))
     """
-    script = "\n".join(line.removeprefix(" " * 8) for line in lines.splitlines())
-    command = [sys.executable, "-c", script, str(folder)]
+    command = [sys.executable, "-c", textwrap.dedent(lines), str(folder)]
     return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
 
 

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_images, run, same
+from conftest import ROOT, TINY, random_images, run, same
 
 CPU = torch.device("cpu")
 
@@ -38,8 +38,8 @@ def test_images_are_scaled_to_the_range_of_tanh(gan):
     torch.testing.assert_close(scaled, torch.tensor([-1.0, -0.6, 1.0]))
 
 
-def test_discriminator_step_moves_only_the_discriminator_and_lowers_its_loss(gan, tiny):
-    game = gan.Game(tiny | {"LEARNING_RATE": 1e-4}, CPU)
+def test_discriminator_step_moves_only_the_discriminator_and_lowers_its_loss(gan):
+    game = gan.Game(TINY | {"LEARNING_RATE": 1e-4}, CPU)
     real = gan.to_unit_range(random_images(32))
     fake = game.generator(torch.randn(32, 8))
     generator, discriminator = deepcopy(game.generator), deepcopy(game.discriminator)
@@ -54,8 +54,8 @@ def test_discriminator_step_moves_only_the_discriminator_and_lowers_its_loss(gan
     assert gan.discriminator_step(*args)[0] < loss and not loss.requires_grad
 
 
-def test_generator_step_moves_only_the_generator_and_lowers_its_loss(gan, tiny):
-    game = gan.Game(tiny | {"LEARNING_RATE": 1e-4}, CPU)
+def test_generator_step_moves_only_the_generator_and_lowers_its_loss(gan):
+    game = gan.Game(TINY | {"LEARNING_RATE": 1e-4}, CPU)
     points = torch.randn(32, 8)
     discriminator = deepcopy(game.discriminator)
     before = [weights.clone() for weights in game.generator.parameters()]
@@ -72,8 +72,8 @@ def test_generator_step_moves_only_the_generator_and_lowers_its_loss(gan, tiny):
     assert not any(torch.equal(old, new) for old, new in moved)
 
 
-def test_averaged_generator_follows_slowly_with_the_same_batch_norm_statistics(gan, tiny):
-    game = gan.Game(tiny, CPU)
+def test_averaged_generator_follows_slowly_with_the_same_batch_norm_statistics(gan):
+    game = gan.Game(TINY, CPU)
     start = game.averaged[0].weight.clone()
     record = gan.train_epoch(game, random_images(96), random_images(8), torch.Generator())
     follower, leader = game.averaged[0].weight, game.generator[0].weight
@@ -84,15 +84,15 @@ def test_averaged_generator_follows_slowly_with_the_same_batch_norm_statistics(g
     assert all(0 <= record[key] <= 1 for key in record if key.startswith("accuracy"))
 
 
-def test_the_average_counts_its_steps_over_all_epochs(gan, tiny, tmp_path, monkeypatch):
+def test_the_average_counts_its_steps_over_all_epochs(gan, tmp_path, monkeypatch):
     steps = []
     monkeypatch.setattr(gan, "update_average", lambda *args: steps.append(args[2]))
-    run(gan, tiny | {"EPOCHS": 1}, tmp_path)
-    run(gan, tiny, tmp_path)  # goes on, with three steps an epoch
+    run(gan, TINY | {"EPOCHS": 1}, tmp_path)
+    run(gan, TINY, tmp_path)  # goes on, with three steps an epoch
     assert steps == list(range(6))
 
 
-def test_an_epoch_shows_every_image_once_and_a_remainder_waits(gan, tiny, monkeypatch):
+def test_an_epoch_shows_every_image_once_and_a_remainder_waits(gan, monkeypatch):
     seen = []
     step = gan.discriminator_step
 
@@ -102,16 +102,16 @@ def test_an_epoch_shows_every_image_once_and_a_remainder_waits(gan, tiny, monkey
 
     monkeypatch.setattr(gan, "discriminator_step", spy)
     images = torch.arange(100, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
-    gan.train_epoch(gan.Game(tiny, CPU), images, random_images(8), torch.Generator())
+    gan.train_epoch(gan.Game(TINY, CPU), images, random_images(8), torch.Generator())
     shown = torch.cat(seen)[:, 0, 0, 0]
     assert len(shown) == len(shown.unique()) == 96
 
 
-def test_same_seed_same_weights_and_another_seed_other_weights(gan, tiny, tmp_path):
-    first = run(gan, tiny, tmp_path / "a").state_dict()
+def test_same_seed_same_weights_and_another_seed_other_weights(gan, tmp_path):
+    first = run(gan, TINY, tmp_path / "a").state_dict()
     torch.randn(3)  # what is drawn elsewhere changes nothing
-    assert same(first, run(gan, tiny, tmp_path / "b").state_dict())
-    other = run(gan, tiny | {"SEED": 2}, tmp_path / "c").state_dict()
+    assert same(first, run(gan, TINY, tmp_path / "b").state_dict())
+    other = run(gan, TINY | {"SEED": 2}, tmp_path / "c").state_dict()
     assert not same(first["generator"], other["generator"])
 
 
@@ -124,12 +124,12 @@ def test_each_epoch_of_each_seed_has_its_own_random_numbers(gan):
     assert all(draw(*pair) == draw(*pair) for pair in pairs)
 
 
-def test_training_writes_comparable_grids_and_a_record_an_epoch(gan, tiny, tmp_path):
-    game = run(gan, tiny, tmp_path)
+def test_training_writes_comparable_grids_and_a_record_an_epoch(gan, tmp_path):
+    game = run(gan, TINY, tmp_path)
     grids = [plt.imread(tmp_path / f"epoch_00{k}.png") for k in (1, 2)]
     assert [record.keys() for record in game.history] == [game.history[0].keys()] * 2
     assert all(math.isfinite(value) for record in game.history for value in record.values())
-    points = game.latent_points(64, gan.random_numbers(tiny["SEED"], 0, CPU))
+    points = game.latent_points(64, gan.random_numbers(TINY["SEED"], 0, CPU))
     digit = game.sample(points)[9, 0]  # second row, second column of 30 pixels each
     shown = grids[1][32:60, 32:60, 0]
     assert np.abs(shown - (digit.numpy() + 1) / 2).max() <= 1 / 255, "not on the fixed grey scale"
@@ -144,16 +144,16 @@ def test_the_epoch_line_counts_and_reports_a_collapse(gan):
     assert "mode collapse" not in gan.progress_line([collapsed, healthy], 5, 30)
 
 
-def test_a_healthy_first_epoch_is_not_called_a_collapse(gan, tiny, tmp_path):
+def test_a_healthy_first_epoch_is_not_called_a_collapse(gan, tmp_path):
     images = gan.load_images("MNIST", True, root=ROOT / "data")[:6400]
-    game = gan.Game(tiny | {"EPOCHS": 1}, CPU)
+    game = gan.Game(TINY | {"EPOCHS": 1}, CPU)
     gan.train(game, images, images[:10], tmp_path, tmp_path)
     assert "mode collapse" not in gan.progress_line(game.history, 1, 0)
 
 
-def test_variety_tells_a_collapsed_generator(gan, tiny, tmp_path, monkeypatch):
+def test_variety_tells_a_collapsed_generator(gan, tmp_path, monkeypatch):
     monkeypatch.setattr(gan.Game, "sample", lambda game, points: torch.zeros(64, 1, 28, 28))
-    assert run(gan, tiny | {"EPOCHS": 1}, tmp_path).history[0]["variety"] < 0.01
+    assert run(gan, TINY | {"EPOCHS": 1}, tmp_path).history[0]["variety"] < 0.01
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 9])

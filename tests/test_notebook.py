@@ -103,10 +103,10 @@ def test_a_setting_comes_from_the_environment_in_the_type_of_its_default(gan, mo
         ("RESUME", 2),
     ],
 )
-def test_an_impossible_value_is_refused_in_one_line_that_names_it(gan, tiny, name, value):
-    assert gan.check_parameters(tiny | {"OTHER": 1}) == tiny
+def test_an_impossible_value_is_refused_in_one_line_that_names_it(gan, name, value):
+    assert gan.check_parameters(TINY | {"OTHER": 1}) == TINY
     with pytest.raises(ValueError) as refusal:
-        gan.check_parameters(tiny | {name: value})
+        gan.check_parameters(TINY | {name: value})
     assert str(refusal.value).startswith(f"{name} = {value!r}")
     assert "\n" not in str(refusal.value)
 
@@ -119,9 +119,9 @@ def test_an_output_folder_that_cannot_be_made_is_refused_by_its_name(gan, tmp_pa
         gan.make_folders(str(tmp_path / "file"))
 
 
-def test_a_batch_may_be_as_large_as_the_data(gan, tiny):
-    assert gan.check_parameters(tiny | {"BATCH_SIZE": 96})
-    assert gan.check_parameters(tiny | {"BATCH_SIZE": 60_000, "LIMIT": 0})
+def test_a_batch_may_be_as_large_as_the_data(gan):
+    assert gan.check_parameters(TINY | {"BATCH_SIZE": 96})
+    assert gan.check_parameters(TINY | {"BATCH_SIZE": 60_000, "LIMIT": 0})
 
 
 def test_the_embedded_digits_are_read_without_a_connection(gan, monkeypatch):
@@ -160,10 +160,10 @@ def test_a_damaged_unpacked_file_is_reported_too(gan, tmp_path, content):
 
 def test_a_whole_run_leaves_what_is_promised_and_a_clean_notebook(notebook, tmp_path):
     """Execute the notebook with papermill's way of setting parameters: a cell after theirs."""
-    tiny = TINY | {"OUTPUT_DIR": str(tmp_path / "out")}
+    parameters = TINY | {"OUTPUT_DIR": str(tmp_path / "out")}
     notebook = deepcopy(notebook)
     place = 1 + notebook.cells.index(next(code_cells(notebook, "parameters")))
-    injected = "\n".join(f"{name} = {value!r}" for name, value in tiny.items())
+    injected = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     notebook.cells.insert(place, nbformat.v4.new_code_cell(injected))
     executor = ExecutePreprocessor(record_timing=False)
     executor.preprocess(notebook, {"metadata": {"path": str(ROOT)}})
@@ -187,23 +187,23 @@ def test_a_whole_run_leaves_what_is_promised_and_a_clean_notebook(notebook, tmp_
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
 
 
-def section(readme, heading):
+def section(heading):
+    """The text under this heading of README.md."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     return re.split(r"^## ", readme.split(f"\n## {heading}\n", 1)[1], flags=re.M)[0]
 
 
 def test_the_readme_has_one_line_each_to_run_and_to_test():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for heading, ending in (("Run", " gan.ipynb"), ("Test", " -m pytest")):
-        (command,) = re.findall(r"^```.*\n([\s\S]*?)^```", section(readme, heading), flags=re.M)
+        (command,) = re.findall(r"^```.*\n([\s\S]*?)^```", section(heading), flags=re.M)
         assert command.count("\n") == 1 and command.strip().endswith(ending)
         assert "-r requirements.txt" in command
 
 
 def test_the_readme_and_the_notebook_explain_the_same_parameters(notebook):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     names = [name for name, _ in parameter_lines(notebook)]
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    for text in (section(readme, "Parameters"), prose):
+    for text in (section("Parameters"), prose):
         assert re.findall(r"^\| `([A-Z_]+)` \|", text, flags=re.M) == names
 
 
@@ -240,7 +240,7 @@ def test_every_parameter_can_come_from_the_environment(gan, committed, monkeypat
 def test_the_readme_gives_the_committed_defaults(gan, committed):
     values = dict(vars(gan))
     exec(next(code_cells(committed, "parameters")).source, values)
-    table = section((ROOT / "README.md").read_text(encoding="utf-8"), "Parameters")
+    table = section("Parameters")
     for name, default in re.findall(r"^\| `([A-Z_]+)` \| `?([^`|]+?)`? \|", table, flags=re.M):
         assert type(values[name])(default) == values[name], name
 
