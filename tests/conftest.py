@@ -1,6 +1,7 @@
 """Import the definition cells of gan.ipynb as the module `gan`; make tiny games to play with."""
 
 import os
+import shutil
 import types
 from pathlib import Path
 
@@ -46,6 +47,17 @@ def gan():
     return load_definitions()
 
 
+@pytest.fixture(scope="session")
+def classifier_dir(gan, tmp_path_factory):
+    """A folder in which the classifier of MNIST is kept, and once more in place of the second one."""
+    folder, home = tmp_path_factory.mktemp("classifiers"), os.getcwd()
+    os.chdir(ROOT)
+    gan.load_classifier("MNIST", 0, folder, torch.device("cpu"))
+    shutil.copy(folder / "classifier_MNIST_0.pth", folder / "classifier_MNIST_1.pth")
+    os.chdir(home)
+    return folder
+
+
 TINY = {  # possible parameters of a run that takes no time
     "DATASET": "MNIST",
     "EPOCHS": 2,
@@ -63,13 +75,23 @@ def random_images(count, seed=0):
     return torch.randint(256, (count, 1, 28, 28), dtype=torch.uint8, generator=rng)
 
 
+def tiny_judge(gan):
+    """A judge of 8 features that has learned nothing, and therefore takes no time."""
+    torch.manual_seed(0)
+    features = torch.nn.Linear(784, 8, bias=False)
+    last = torch.nn.Linear(8, 10, bias=False)
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), features, last)
+    return gan.Judge(classifier, gan.to_unit_range(random_images(400, 2)))
+
+
 def run(gan, parameters, folder):
     """What the notebook's training cell does, on random images, with all output in folder."""
     folder.mkdir(parents=True, exist_ok=True)
     game = gan.Game(parameters, torch.device("cpu"))
     if parameters["RESUME"]:
         gan.resume(game, folder)
-    gan.train(game, random_images(parameters["LIMIT"]), random_images(40, 1), folder, folder)
+    images, held_out = random_images(parameters["LIMIT"]), random_images(40, 1)
+    gan.train(game, images, held_out, tiny_judge(gan), folder, folder)
     return game
 
 

@@ -4,7 +4,9 @@ import ast
 import builtins
 import dis
 import gzip
+import json
 import re
+import shutil
 import subprocess
 import types
 from copy import deepcopy
@@ -127,8 +129,9 @@ def test_a_batch_may_be_as_large_as_the_data(gan):
 def test_the_embedded_digits_are_read_without_a_connection(gan, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: pytest.fail("connected"))
     for train, count in ((True, 60_000), (False, 10_000)):
-        images = gan.load_images("MNIST", train, root=ROOT / "data")
+        images, labels = gan.load_images("MNIST", train, root=ROOT / "data")
         assert images.shape == (count, 1, 28, 28) and images.dtype == torch.uint8
+        assert labels.shape == (count,) and labels.unique().tolist() == list(range(10))
         assert images.min() == 0 and images.max() == 255
 
 
@@ -158,8 +161,11 @@ def test_a_damaged_unpacked_file_is_reported_too(gan, tmp_path, content):
         gan.load_images("MNIST", True, root=tmp_path)
 
 
-def test_a_whole_run_leaves_what_is_promised_and_a_clean_notebook(notebook, tmp_path):
+def test_a_whole_run_leaves_what_is_promised_and_a_clean_notebook(
+    notebook, classifier_dir, tmp_path
+):
     """Execute the notebook with papermill's way of setting parameters: a cell after theirs."""
+    shutil.copytree(classifier_dir, tmp_path / "out" / "models")
     parameters = TINY | {"OUTPUT_DIR": str(tmp_path / "out")}
     notebook = deepcopy(notebook)
     place = 1 + notebook.cells.index(next(code_cells(notebook, "parameters")))
@@ -178,13 +184,33 @@ def test_a_whole_run_leaves_what_is_promised_and_a_clean_notebook(notebook, tmp_
         "models/checkpoint.previous.pth",
         "models/generator.pth",
         "models/discriminator.pth",
+        "models/metrics.json",
+        "models/classifier_MNIST_0.pth",
+        "models/classifier_MNIST_1.pth",
     }
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert all(output.get("name") != "stderr" for output in outputs)
     lines = [output.data["text/plain"] for output in outputs if "data" in output]
     assert sum(line.startswith("Epoch ") for line in lines) == 1
     assert any(line.startswith("Epoch 2 of 2") for line in lines)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 7
+
+    metrics = json.loads((tmp_path / "out" / "models" / "metrics.json").read_text())
+    assert metrics["parameters"] == TINY and metrics["epochs"] == 2
+    tables = [
+        output.data["text/markdown"]
+        for output in outputs
+        if "text/markdown" in output.get("data", {})
+    ]
+    for table, key in zip(tables, ("scores", "second_judge"), strict=True):
+        shown = [[float(cell) for cell in line.split("|")[2:-1]] for line in table.splitlines()[2:]]
+        kept = zip(*(scores.values() for scores in metrics[key].values()), strict=True)
+        assert shown == [[round(value, 3) for value in row] for row in kept]
+        assert table.splitlines()[0].count("|") == 5
+    floor, trained, untrained = (
+        metrics["scores"][title]["frechet_distance"] for title in metrics["scores"]
+    )
+    assert floor < trained and floor < untrained
 
 
 def section(heading):
