@@ -11,7 +11,8 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
-torch.set_num_threads(1)  # these games are too small to share
+if "PYTEST_VERSION" in os.environ:
+    torch.set_num_threads(1)  # these games are too small to share
 for name in [name for name in os.environ if name.startswith("GAN_")]:
     del os.environ[name]  # the tests choose their own parameters
 ROOT = Path(__file__).parent.parent
@@ -49,7 +50,7 @@ def gan():
 
 @pytest.fixture(scope="session")
 def classifier_dir(gan, tmp_path_factory):
-    """A folder in which the classifier of MNIST is kept, and once more in place of the second one."""
+    """A folder with the classifier of MNIST, and a copy in the place of the second one."""
     folder, home = tmp_path_factory.mktemp("classifiers"), os.getcwd()
     os.chdir(ROOT)
     gan.load_classifier("MNIST", 0, folder, torch.device("cpu"))

@@ -154,15 +154,6 @@ def test_a_healthy_first_epoch_is_not_called_a_collapse(gan, classifier_dir, tmp
     assert "mode collapse" not in gan.progress_line(game.history, 1, 0)
 
 
-def test_the_learning_rate_of_both_players_halves_with_the_epochs(gan):
-    game = gan.Game(TINY, CPU)
-    for epoch in (0, 4, 8):
-        game.history = [{}] * epoch
-        gan.train_epoch(game, random_images(32), random_images(8), torch.Generator())
-        for adam in (game.generator_adam, game.discriminator_adam):
-            assert adam.param_groups[0]["lr"] == pytest.approx(5e-4 * 0.5 ** (epoch / 8))
-
-
 @pytest.mark.parametrize("epochs", [0, 1, 9])
 def test_the_pictures_are_drawn_with_whatever_there_is(gan, tmp_path, epochs, capsys):
     accuracies = ["accuracy_training", "accuracy_held_out", "accuracy_forged"]

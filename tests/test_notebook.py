@@ -284,3 +284,16 @@ def test_the_committed_notebook_is_one_clean_run_of_its_defaults(committed):
     assert any(text.startswith(f"Epoch {epochs} of {epochs}") for text in texts)
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
     assert len(nbformat.writes(committed)) < 1_000_000
+
+
+def test_the_results_in_the_readme_are_those_of_the_committed_notebook(committed):
+    outputs = [output for cell in committed.cells for output in cell.get("outputs", [])]
+    tables = [
+        output.data["text/markdown"]
+        for output in outputs
+        if "text/markdown" in output.get("data", {})
+    ]
+    promised = re.findall(r"^\|.*[a-z].*\|.*\|.*\|.*\|$", section("Results"), flags=re.M)
+    own = [line for line in promised if "an epoch" not in line and "batch" not in line]
+    assert len(own) > 4
+    assert all(line in tables[0].splitlines() for line in own)
