@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, random_images, run, same
+from conftest import TINY, random_images, run, same, tiny_judge
 
 THREE = TINY | {"EPOCHS": 3}
 LATEST, KEPT = "checkpoint.pth", "checkpoint.previous.pth"
@@ -146,6 +146,19 @@ def test_an_interrupt_says_what_is_saved_and_goes_on_to_the_same_bits(
         gan.resume(untouched, tmp_path)
     assert same(game.state_dict(), untouched.state_dict()), "the cells below see half an epoch"
     assert_ends_like(whole, gan, tmp_path)
+
+
+def test_an_interrupt_while_batch_norm_is_measured_leaves_the_average_usable(
+    gan, tmp_path, monkeypatch
+):
+    measure = gan.update_bn
+
+    def interrupted(batches, network):
+        measure((signal.raise_signal(signal.SIGINT) or batch for batch in batches), network)
+
+    monkeypatch.setattr(gan, "update_bn", interrupted)
+    game = run(gan, TINY, tmp_path)
+    assert not game.history and not game.averaged.training
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
@@ -329,7 +342,7 @@ def test_a_run_that_is_no_longer_finite_stops_at_that_epoch(gan, started, monkey
         game.parameters = game.parameters | {"BATCH_SIZE": 96}  # an epoch of one step
     images = random_images(96)
     with pytest.raises(FloatingPointError, match="^Epoch 3: .* not finite.* LEARNING_RATE below"):
-        gan.train(game, images, images, started, started)
+        gan.train(game, images, images, tiny_judge(gan), started, started)
     assert same(game.state_dict(), two_epochs)
     assert (started / LATEST).read_bytes() == before
 

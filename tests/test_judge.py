@@ -46,6 +46,22 @@ def test_the_classifier_learns_and_is_kept(gan, classifier_dir, digits, monkeypa
         assert classifier[:-1](images[:5]).shape == (5, 64)
 
 
+def test_each_seed_is_another_judge(gan):
+    images, labels = random_images(200), torch.arange(200) % 10
+    first, again, other = (
+        gan.train_classifier(images, labels, seed, epochs=1).state_dict() for seed in (0, 0, 1)
+    )
+    assert same(first, again) and not torch.equal(first["0.weight"], other["0.weight"])
+
+
+def test_the_neighbourhoods_are_of_real_digits_from_all_over(gan):
+    """The writers of the first half of MNIST's test digits are neater than those of the second."""
+    real = torch.arange(400.0).view(-1, 1, 1, 1).repeat(1, 1, 1, 2)
+    scores = plain_judge(gan, real).score(real[1::2])
+    assert scores["precision"] == scores["coverage"] == 1
+    assert plain_judge(gan, real).score(real[:100])["coverage"] < 0.5
+
+
 def test_a_damaged_classifier_is_trained_anew(gan, classifier_dir, tmp_path, monkeypatch):
     data = bytearray((classifier_dir / "classifier_MNIST_0.pth").read_bytes())
     data[len(data) // 2] ^= 1
@@ -65,19 +81,21 @@ def test_equal_piles_are_at_distance_zero(gan):
     real = torch.randn(500, 1, 1, 6)
     scores = plain_judge(gan, real).score(real)
     assert abs(scores["frechet_distance"]) < 1e-4
-    assert scores["precision"] == scores["recall"] == scores["coverage"] == 1
     assert scores["kl_divergence"] == 0
+    features = real.flatten(1)
+    scores = gan.neighbourhood_scores(features, features)
+    assert scores["precision"] == scores["recall"] == scores["coverage"] == 1
 
 
 def test_two_gaussians_are_at_the_distance_of_the_closed_form(gan):
     """Independent axes: squared differences of the means and of the standard deviations."""
     rng = torch.Generator().manual_seed(0)
     means, deviations = torch.tensor([1.0, 0, -2, 0.5]), torch.tensor([1.0, 2, 0.5, 3])
-    real = torch.randn(200_000, 1, 1, 4, generator=rng)
-    forged = torch.randn(200_000, 1, 1, 4, generator=rng) * deviations + means
+    real = torch.randn(10_000, 1, 1, 4, generator=rng)
+    forged = torch.randn(10_000, 1, 1, 4, generator=rng) * deviations + means
     expected = (means**2).sum() + ((deviations - 1) ** 2).sum()
     assert plain_judge(gan, real).score(forged)["frechet_distance"] == pytest.approx(
-        expected.item(), rel=0.02
+        expected.item(), rel=0.04
     )
 
 
@@ -106,7 +124,7 @@ def test_fewer_modes_lower_recall_and_coverage_only(gan):
     rng = torch.Generator().manual_seed(0)
     real = torch.randn(1000, 2, generator=rng) + torch.tensor([[0.0, 0], [50, 0]]).repeat(500, 1)
     one = gan.neighbourhood_scores(real, torch.randn(1000, 2, generator=rng))
-    assert one["precision"] > 0.9 and one["density"] > 0.9
+    assert one["precision"] > 0.9 and 0.9 < one["density"] < 1.1
     assert one["recall"] < 0.55 and one["coverage"] < 0.55
 
 
@@ -135,24 +153,25 @@ def test_a_collapsed_generator_is_caught(gan, classifier_dir, digits):
     assert "mode collapse" not in gan.progress_line([collapsed, floor], 2, 0)
 
 
-def memory_cell(gan, notebook, forged, training, held_out):
-    """The share of copies that the notebook's own cell finds."""
+def nearest_is_training(gan, notebook, forged, training, held_out):
+    """The share that the notebook's own cell finds."""
     (cell,) = (cell for cell in code_cells(notebook) if cell.id == "nearest-run")
     names = {"images": training, "held_out": held_out, "piles": {"trained generator": forged}}
     scope = vars(gan) | names
     exec(cell.source, scope)
-    return scope["copied"]
+    return scope["nearest_is_training"]
 
 
 def test_a_generator_that_copies_is_caught(gan, notebook, digits):
-    images = gan.load_images("MNIST", True, root=ROOT / "data")[0][:3000]
-    held_out = gan.load_images("MNIST", False, root=ROOT / "data")[0][:500]
-    fresh, copies = digits[0][500:1000], gan.to_unit_range(images[100:600])
-    assert memory_cell(gan, notebook, fresh, images, held_out) < 0.05
-    blurred = copies + 0.05 * torch.randn_like(copies)
-    assert memory_cell(gan, notebook, blurred, images, held_out) == 1
-    distances, indices = gan.nearest(copies, gan.to_unit_range(images))
-    assert indices.tolist() == list(range(100, 600)) and distances.max() < 0.05
+    images = gan.load_images("MNIST", True, root=ROOT / "data")[0]
+    training, held_out, unseen = images[:3000], images[3000:6000], images[6000:7000]
+    honest = gan.to_unit_range(unseen)
+    assert 0.4 < nearest_is_training(gan, notebook, honest, training, held_out) < 0.6
+    copies = gan.to_unit_range(training[:500])
+    speckled = copies + 0.1 * torch.randn_like(copies)
+    assert nearest_is_training(gan, notebook, speckled, training, held_out) > 0.99
+    distances, indices = gan.nearest(copies, gan.to_unit_range(training))
+    assert indices.tolist() == list(range(500)) and distances.max() < 0.05
 
 
 def test_a_fresh_discriminator_can_only_guess_at_equilibrium(gan, digits):

@@ -271,6 +271,13 @@ def test_the_readme_gives_the_committed_defaults(gan, committed):
         assert type(values[name])(default) == values[name], name
 
 
+def test_the_pictures_shown_are_of_the_last_epoch(committed):
+    epochs = int(re.search(r"\d+", dict(parameter_lines(committed))["EPOCHS"])[0])
+    for text in ((ROOT / "README.md").read_text(encoding="utf-8"), committed.cells[0].source):
+        (shown,) = re.findall(r"gan_images/epoch_\d+\.png", text.split("## ")[0])
+        assert shown == f"gan_images/epoch_{epochs:03d}.png" and (ROOT / shown).exists()
+
+
 def test_the_committed_notebook_is_one_clean_run_of_its_defaults(committed):
     cells = [cell for cell in committed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -282,7 +289,7 @@ def test_the_committed_notebook_is_one_clean_run_of_its_defaults(committed):
     assert not re.search(r"(^|[\s'\"])(/\w+/|[A-Z]:\\)", "\n".join(texts)), "an absolute path"
     epochs = re.search(r"\d+", dict(parameter_lines(committed))["EPOCHS"])[0]
     assert any(text.startswith(f"Epoch {epochs} of {epochs}") for text in texts)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 7
     assert len(nbformat.writes(committed)) < 1_000_000
 
 
