@@ -189,9 +189,11 @@ def test_a_fresh_discriminator_can_only_guess_at_equilibrium(gan, digits):
     def accuracy(game):
         return gan.fresh_accuracy(game, images, held_out, torch.Generator().manual_seed(0))
 
-    assert 0.4 < accuracy(perfect) < 0.6
+    first = accuracy(perfect)
+    assert 0.4 < first < 0.6
     assert accuracy(untrained) > 0.95
-    assert accuracy(perfect) == accuracy(perfect), "it depends on other random numbers"
+    torch.randn(3)  # what is drawn elsewhere changes nothing
+    assert accuracy(perfect) == first
 
 
 def test_the_evaluation_changes_no_training(gan, tmp_path):
