@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 os.environ["OMP_NUM_THREADS"] = "1"  # games side by side must not share cores
 
 import torch
-from conftest import ROOT, TINY, load_definitions
+from conftest import ROOT, TINY, load_definitions, parameter_values, read_notebook
 from torch import nn
 from torch.nn.functional import pad, softplus
 
@@ -43,10 +43,10 @@ class Piles(nn.Module):
         return torch.cat([features, spread.repeat_interleave(size, 0)], 1)
 
 
-def networks(gan, latent_dim=100, norm=True, slope=0.2, widths=(512, 256), dropout=0, pile=None):
+def networks(gan, norm=True, slope=0.2, widths=(512, 256), dropout=0, pile=None):
     """Let the players be networks of this form."""
 
-    def generator(_):
+    def generator(latent_dim):
         layers, inputs = [], latent_dim
         for width in (256, 512, 1024):
             batch_norm = [nn.BatchNorm1d(width)] if norm else []
@@ -193,8 +193,9 @@ def play(name, seed):
     for change in changes:
         change(gan)
     cpu, (images, held_out, judge) = torch.device("cpu"), load()
-    default = TINY | {"BATCH_SIZE": 128, "LATENT_DIM": 100, "LEARNING_RATE": 1e-3}
-    game = gan.Game(default | parameters | {"SEED": seed}, cpu)
+    defaults = parameter_values(gan, read_notebook())
+    defaults = {name: defaults[name] for name in TINY}
+    game = gan.Game(defaults | parameters | {"SEED": seed}, cpu)
     steps, update, began = 0, gan.update_average, time.process_time()
 
     def update_and_watch(*arguments):

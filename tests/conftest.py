@@ -1,5 +1,6 @@
 """Import the definition cells of gan.ipynb as the module `gan`; make tiny games to play with."""
 
+import contextlib
 import os
 import types
 from pathlib import Path
@@ -37,6 +38,13 @@ def load_definitions():
     return module
 
 
+def parameter_values(gan, notebook):
+    """The definitions, and the values that the parameters cell of notebook gives by default."""
+    values = dict(vars(gan))
+    exec(next(code_cells(notebook, "parameters")).source, values)
+    return values
+
+
 @pytest.fixture(scope="session")
 def notebook():
     return read_notebook()
@@ -50,14 +58,13 @@ def gan():
 @pytest.fixture(scope="session")
 def classifier_dir(gan, tmp_path_factory):
     """A folder with the classifier of MNIST, and a hasty one in the place of the second."""
-    folder, home = tmp_path_factory.mktemp("classifiers"), os.getcwd()
-    os.chdir(ROOT)
-    gan.load_classifier("MNIST", 0, folder, torch.device("cpu"))
-    images, labels = (tensor[:2000] for tensor in gan.load_images("MNIST", True))
+    folder = tmp_path_factory.mktemp("classifiers")
+    with contextlib.chdir(ROOT):
+        gan.load_classifier("MNIST", 0, folder, torch.device("cpu"))
+        images, labels = (tensor[:2000] for tensor in gan.load_images("MNIST", True))
     second = {"format": gan.FORMAT, "weights": gan.train_classifier(images, labels, 1).state_dict()}
     path = folder / "classifier_MNIST_1.pth"
     gan.write_atomically(path, gan.save_with_checksum, second)
-    os.chdir(home)
     return folder
 
 

@@ -29,12 +29,10 @@ def frechet_distance(first, second):
     return ((first.mean(0) - second.mean(0)) ** 2).sum() + spread
 
 
-def plain_judge(gan, real, classes=10):
+def plain_judge(gan, real):
     """A judge whose features are the pixels themselves, of images (N, 1, 1, F)."""
     features = real.shape[-1]
-    return gan.Judge(
-        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(features, classes)), real
-    )
+    return gan.Judge(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(features, 10)), real)
 
 
 def test_the_classifier_learns_and_is_kept(gan, classifier_dir, digits, monkeypatch):

@@ -14,7 +14,7 @@ from copy import deepcopy
 import nbformat
 import pytest
 import torch
-from conftest import ROOT, TINY, code_cells
+from conftest import ROOT, TINY, code_cells, parameter_values
 from nbconvert.preprocessors import ExecutePreprocessor
 
 DEFINES = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.Import, ast.ImportFrom)
@@ -251,21 +251,18 @@ def committed():
 
 
 def test_every_parameter_can_come_from_the_environment(gan, committed, monkeypatch):
-    cell = next(code_cells(committed, "parameters"))
-    defaults, changed = dict(vars(gan)), dict(vars(gan))
-    exec(cell.source, defaults)
+    defaults = parameter_values(gan, committed)
     names = [name for name, _ in parameter_lines(committed)]
     for name in names:
         more = defaults[name] + ("x" if isinstance(defaults[name], str) else 1)
         monkeypatch.setenv(f"GAN_{name}", str(more))
-    exec(cell.source, changed)
+    changed = parameter_values(gan, committed)
     assert all(changed[name] != defaults[name] for name in names)
     assert [type(changed[name]) for name in names] == [type(defaults[name]) for name in names]
 
 
 def test_the_readme_gives_the_committed_defaults(gan, committed):
-    values = dict(vars(gan))
-    exec(next(code_cells(committed, "parameters")).source, values)
+    values = parameter_values(gan, committed)
     table = section("Parameters")
     for name, default in re.findall(r"^\| `([A-Z_]+)` \| `?([^`|]+?)`? \|", table, flags=re.M):
         assert type(values[name])(default) == values[name], name
