@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import subprocess
 import types
 from pathlib import Path
 
@@ -45,9 +47,26 @@ def parameter_values(gan, notebook):
     return values
 
 
+def parameter_lines(notebook):
+    """The name and the value, as text, of each line of the parameters cell."""
+    cell = next(code_cells(notebook, "parameters"))
+    return re.findall(r"^([A-Z_]+) *= *(.*)$", cell.source, flags=re.M)
+
+
 @pytest.fixture(scope="session")
 def notebook():
     return read_notebook()
+
+
+@pytest.fixture(scope="session")
+def committed():
+    """git's copy of the notebook: what a visitor sees, whatever was run or edited since."""
+    git = ["git", "-C", str(ROOT), "show", "HEAD:gan.ipynb"]
+    try:
+        text = subprocess.run(git, capture_output=True, check=True).stdout.decode()
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git clone")
+    return nbformat.reads(text, as_version=4)
 
 
 @pytest.fixture(scope="session")
