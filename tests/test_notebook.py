@@ -7,6 +7,8 @@ import gzip
 import json
 import re
 import shutil
+import threading
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -135,14 +137,22 @@ def test_the_embedded_digits_are_read_without_a_connection(gan, monkeypatch):
         assert images.min() == 0 and images.max() == 255
 
 
-def test_runs_that_start_together_unpack_the_digits_in_turns(gan, tmp_path):
-    shutil.copytree(
-        ROOT / "data" / "MNIST", tmp_path / "MNIST", ignore=shutil.ignore_patterns("*-ubyte")
-    )
-    with ThreadPoolExecutor(4) as pool:
-        runs = [pool.submit(gan.load_images, "MNIST", True, root=tmp_path) for _ in range(4)]
-        piles = [run.result()[0] for run in runs]
-    assert all(torch.equal(pile, piles[0]) for pile in piles)
+def test_runs_that_start_together_unpack_the_digits_one_after_the_other(gan, tmp_path, monkeypatch):
+    """Without that, about one start in five of three runs in a fresh clone failed."""
+    busy = threading.Lock()
+
+    class Unpacking:
+        resources = ()
+        data = targets = torch.zeros(1)
+
+        def __init__(self, *args, **kwargs):
+            assert busy.acquire(blocking=False), "two unpack at the same time"
+            time.sleep(0.1)
+            busy.release()
+
+    monkeypatch.setattr(gan.torchvision.datasets, "MNIST", Unpacking)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: gan.load_images("MNIST", True, root=tmp_path / "new"), range(3)))
 
 
 @pytest.mark.parametrize("dataset", ["MNIST", "FashionMNIST", "KMNIST"])
