@@ -165,12 +165,29 @@ def test_a_healthy_first_epoch_is_not_called_a_collapse(gan, classifier_dir, tmp
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 9])
-def test_the_pictures_are_drawn_with_whatever_there_is(gan, tmp_path, epochs, capsys):
+def test_the_pictures_are_drawn_with_whatever_there_is(gan, tmp_path, epochs):
     accuracies = ["accuracy_training", "accuracy_held_out", "accuracy_forged"]
     shares = {f"share_of_{label}": 0.1 for label in range(10)}
     record = dict.fromkeys(["loss_d", "loss_g", "frechet_distance", *accuracies], 0.5) | shares
     history = [record] * epochs
     figure = gan.progress_figure(history, torch.zeros(64, 1, 28, 28))
     figure.canvas.draw()
-    gan.plot_filmstrip(tmp_path, epochs)
-    assert "none of its pictures" in capsys.readouterr().out
+    assert gan.read_grids(tmp_path, epochs, count=8) == {}
+
+
+def test_the_animation_shows_epochs_of_this_run_in_their_order_and_rests_on_the_last(gan, tmp_path):
+    for epoch in range(1, 26):  # the last five are left over from a longer run
+        grid = gan.Image.new("RGB", (242, 242), (10 * epoch,) * 3)
+        grid.save(tmp_path / f"epoch_{epoch:03d}.png")
+    grids = gan.read_grids(tmp_path, 20, count=8)
+    epochs = list(grids)
+    assert (
+        epochs == sorted(epochs) and epochs[0] == 1 and epochs[-1] == 20 and 6 <= len(epochs) <= 8
+    )
+    gan.save_animation(grids, tmp_path / "progress.gif")
+    with gan.Image.open(tmp_path / "progress.gif") as film:
+        assert film.n_frames == len(epochs) and film.info["loop"] == 0
+        for index, epoch in enumerate(epochs):
+            film.seek(index)
+            assert film.convert("L").getpixel((99, 99)) == pytest.approx(10 * epoch, abs=2)
+            assert film.info["duration"] == (250 if epoch < 20 else 4000)
