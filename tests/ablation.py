@@ -78,6 +78,18 @@ def no_average(gan):
     gan.update_bn = lambda loader, averaged: None
 
 
+def momentum(gan):
+    """Give both Adams the momentum that Radford et al. (2016) recommend, 0.5."""
+
+    class Game(gan.Game):
+        def __init__(self, parameters, device):
+            super().__init__(parameters, device)
+            for adam in (self.discriminator_adam, self.generator_adam):
+                adam.param_groups[0]["betas"] = (0.5, 0.999)
+
+    gan.Game = Game
+
+
 def copied_statistics(gan):
     """Give the average the generator's batch norm statistics instead of some of its own."""
     update = gan.update_average
@@ -159,15 +171,17 @@ def r1(gan, relativistic=False):
 
 ORIGINAL = {"BATCH_SIZE": 16, "LEARNING_RATE": 2e-4}
 ROWS = {  # name: (parameters that differ from the default run's, changes of the code)
-    "the original's: ReLU, no batch norm, batch 16, learning rate 2e-4": (
+    "the original's: ReLU, no batch norm, batch 16, learning rate 2e-4, momentum 0.5": (
         ORIGINAL,
-        [no_average, lambda gan: networks(gan, norm=False, slope=0)],
+        [momentum, no_average, lambda gan: networks(gan, norm=False, slope=0)],
     ),
-    "+ LeakyReLU, batch norm in G": (ORIGINAL, [no_average]),
-    "+ batch 128": ({"LEARNING_RATE": 2e-4}, [no_average]),
-    "+ learning rate 1e-3": ({}, [no_average]),
+    "+ LeakyReLU, batch norm in G": (ORIGINAL, [momentum, no_average]),
+    "+ batch 128": ({"LEARNING_RATE": 2e-4}, [momentum, no_average]),
+    "+ learning rate 1e-3": ({}, [momentum, no_average]),
+    "+ no momentum": ({}, [no_average]),
     "+ averaging = **the default**": ({}, []),
     "default, the average with the generator's batch norm statistics": ({}, [copied_statistics]),
+    "default, momentum 0.5": ({}, [momentum]),
     "default, batch 64": ({"BATCH_SIZE": 64}, []),
     "default, learning rate 5e-4": ({"LEARNING_RATE": 5e-4}, []),
     "default, learning rate that halves every 2 epochs": ({}, [decay]),
