@@ -80,7 +80,7 @@ def no_average(gan):
 
 
 def momentum(gan):
-    """Give both Adams the momentum that Radford et al. (2016) recommend, 0.5."""
+    """Give both Adams the momentum of Radford et al. (2016), 0.5, and the usual second beta."""
 
     class Game(gan.Game):
         def __init__(self, parameters, device):
@@ -179,10 +179,10 @@ ROWS = {  # name: (parameters that differ from the default run's, changes of the
     "+ LeakyReLU, batch norm in G": (ORIGINAL, [momentum, no_average]),
     "+ batch 128": ({"LEARNING_RATE": 2e-4}, [momentum, no_average]),
     "+ learning rate 1e-3": ({}, [momentum, no_average]),
-    "+ no momentum": ({}, [no_average]),
+    "+ Adam without momentum, β2 = 0.99": ({}, [no_average]),
     "+ averaging = **the default**": ({}, []),
     "default, the average with the generator's batch norm statistics": ({}, [copied_statistics]),
-    "default, momentum 0.5": ({}, [momentum]),
+    "default, Adam with momentum 0.5, β2 = 0.999": ({}, [momentum]),
     "default, batch 64": ({"BATCH_SIZE": 64}, []),
     "default, learning rate 5e-4": ({"LEARNING_RATE": 5e-4}, []),
     "default, learning rate that halves every 2 epochs": ({}, [decay]),
