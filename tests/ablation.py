@@ -79,14 +79,14 @@ def no_average(gan):
     gan.update_bn = lambda loader, averaged: None
 
 
-def momentum(gan):
-    """Give both Adams the momentum of Radford et al. (2016), 0.5, and the usual second beta."""
+def betas(gan, share):
+    """Let both Adams keep this share of momentum, and this of past squared gradients."""
 
     class Game(gan.Game):
         def __init__(self, parameters, device):
             super().__init__(parameters, device)
             for adam in (self.discriminator_adam, self.generator_adam):
-                adam.param_groups[0]["betas"] = (0.5, 0.999)
+                adam.param_groups[0]["betas"] = share
 
     gan.Game = Game
 
@@ -170,19 +170,22 @@ def r1(gan, relativistic=False):
         gan.generator_step = generator_step
 
 
+usual_adam = functools.partial(betas, share=(0.9, 0.999))
+momentum = functools.partial(betas, share=(0.5, 0.999))
 ORIGINAL = {"BATCH_SIZE": 16, "LEARNING_RATE": 2e-4}
 ROWS = {  # name: (parameters that differ from the default run's, changes of the code)
-    "the original's: ReLU, no batch norm, batch 16, learning rate 2e-4, momentum 0.5": (
+    "the original's: ReLU, no batch norm, momentum 0.9, batch 16, learning rate 2e-4": (
         ORIGINAL,
-        [momentum, no_average, lambda gan: networks(gan, norm=False, slope=0)],
+        [usual_adam, no_average, lambda gan: networks(gan, norm=False, slope=0)],
     ),
-    "+ LeakyReLU, batch norm in G": (ORIGINAL, [momentum, no_average]),
+    "+ LeakyReLU, batch norm in G": (ORIGINAL, [usual_adam, no_average]),
+    "+ momentum 0.5": (ORIGINAL, [momentum, no_average]),
     "+ batch 128": ({"LEARNING_RATE": 2e-4}, [momentum, no_average]),
     "+ learning rate 1e-3": ({}, [momentum, no_average]),
-    "+ Adam without momentum, β2 = 0.99": ({}, [no_average]),
+    "+ no momentum, β2 = 0.99": ({}, [no_average]),
     "+ averaging = **the default**": ({}, []),
+    "default, β2 = 0.999": ({}, [lambda gan: betas(gan, (0, 0.999))]),
     "default, the average with the generator's batch norm statistics": ({}, [copied_statistics]),
-    "default, Adam with momentum 0.5, β2 = 0.999": ({}, [momentum]),
     "default, batch 64": ({"BATCH_SIZE": 64}, []),
     "default, learning rate 5e-4": ({"LEARNING_RATE": 5e-4}, []),
     "default, learning rate that halves every 2 epochs": ({}, [decay]),

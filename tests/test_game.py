@@ -184,6 +184,9 @@ def test_the_animation_shows_epochs_of_this_run_in_their_order_and_rests_on_the_
     assert (
         epochs == sorted(epochs) and epochs[0] == 1 and epochs[-1] == 20 and 6 <= len(epochs) <= 8
     )
+    assert list(gan.read_grids(tmp_path, 1, count=8)) == [1]
+    (tmp_path / "epoch_020.png").unlink()
+    assert 19 in gan.read_grids(tmp_path, 20, count=8)
     gan.save_animation(grids, tmp_path / "progress.gif")
     with gan.Image.open(tmp_path / "progress.gif") as film:
         assert film.n_frames == len(epochs) and film.info["loop"] == 0

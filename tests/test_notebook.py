@@ -12,6 +12,7 @@ import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from unittest.mock import Mock
 
 import nbformat
 import pytest
@@ -153,6 +154,25 @@ def test_runs_that_start_together_unpack_the_digits_one_after_the_other(gan, tmp
     monkeypatch.setattr(gan.torchvision.datasets, "MNIST", Unpacking)
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: gan.load_images("MNIST", True, root=tmp_path / "new"), range(3)))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_sliders_where_somebody_is_there_and_a_picture_where_nobody_is(
+    notebook, gan, monkeypatch, there
+):
+    interact = Mock(wraps=gan.interact)
+    monkeypatch.setattr(gan, "interact", interact)
+    message = {"content": {"allow_stdin": there}}
+    kernel = types.SimpleNamespace(get_parent=lambda: message)
+    game = gan.Game(TINY, torch.device("cpu"))
+    points = game.latent_points(101, gan.random_numbers(0, 0, game.device))
+    ipython = types.SimpleNamespace(kernel=kernel)
+    names = {"get_ipython": lambda: ipython, "game": game, "points": points}
+    (cell,) = (cell for cell in notebook.cells if cell.id == "steer-run")
+    exec(cell.source, vars(gan) | names)
+    assert interact.call_count == there and len(gan.plt.get_fignums()) == 1
+    gan.plot_walk(game, points, walk=99, way=1.0)  # as far as the sliders go
+    gan.plt.close("all")
 
 
 @pytest.mark.parametrize("dataset", ["MNIST", "FashionMNIST", "KMNIST"])
