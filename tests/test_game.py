@@ -84,7 +84,7 @@ def test_averaged_generator_follows_slowly(gan):
 
 
 def test_the_average_has_batch_norm_statistics_of_its_own_weights(gan):
-    game = gan.Game(TINY | {"LEARNING_RATE": 1e-2}, CPU)
+    game = gan.Game(TINY | {"LEARNING_RATE": 5e-3}, CPU)
     gan.train_epoch(game, random_images(960), random_images(8), torch.Generator())
     points = torch.randn(5000, 8, generator=torch.Generator().manual_seed(1))
     by_its_own_batch = deepcopy(game.averaged).train()
