@@ -156,6 +156,7 @@ def nearest_is_training(gan, notebook, forged, training, held_out):
     """The share that the notebook's own cell finds."""
     (cell,) = (cell for cell in code_cells(notebook) if cell.id == "nearest-run")
     names = {"images": training, "held_out": held_out, "piles": {"trained generator": forged}}
+    names["real"] = gan.to_unit_range(held_out)
     scope = vars(gan) | names
     exec(cell.source, scope)
     return scope["nearest_is_training"]
