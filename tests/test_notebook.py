@@ -160,6 +160,7 @@ def test_runs_that_start_together_unpack_the_digits_one_after_the_other(gan, tmp
 def test_sliders_where_somebody_is_there_and_a_picture_where_nobody_is(
     notebook, gan, monkeypatch, there
 ):
+    gan.plt.close("all")
     interact = Mock(wraps=gan.interact)
     monkeypatch.setattr(gan, "interact", interact)
     message = {"content": {"allow_stdin": there}}
@@ -172,7 +173,6 @@ def test_sliders_where_somebody_is_there_and_a_picture_where_nobody_is(
     exec(cell.source, vars(gan) | names)
     assert interact.call_count == there and len(gan.plt.get_fignums()) == 1
     gan.plot_walk(game, points, walk=99, way=1.0)  # as far as the sliders go
-    gan.plt.close("all")
 
 
 @pytest.mark.parametrize("dataset", ["MNIST", "FashionMNIST", "KMNIST"])
