@@ -13,7 +13,7 @@ import time
 
 import torch
 import torchvision
-from conftest import ROOT, TINY, load_definitions, parameter_values, read_notebook
+from conftest import ROOT, load_definitions, parameter_values, read_notebook
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
@@ -85,8 +85,7 @@ def matrix_products(gan, size):
 def main():
     os.chdir(ROOT)
     gan = load_definitions()
-    defaults = parameter_values(gan, read_notebook())
-    parameters = TINY | {name: defaults[name] for name in TINY}
+    parameters = gan.check_parameters(parameter_values(gan, read_notebook()))
     size = parameters["BATCH_SIZE"]
     images, held_out = (gan.load_images("MNIST", train)[0] for train in (True, False))
     scaling = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])

@@ -155,8 +155,8 @@ def test_a_collapsed_generator_is_caught(gan, classifier_dir, digits):
 def nearest_is_training(gan, notebook, forged, training, held_out):
     """The share that the notebook's own cell finds."""
     (cell,) = (cell for cell in code_cells(notebook) if cell.id == "nearest-run")
-    names = {"images": training, "held_out": held_out, "piles": {"trained generator": forged}}
-    names["real"] = gan.to_unit_range(held_out)
+    names = {"images": training, "held_out": held_out, "real": gan.to_unit_range(held_out)}
+    names["piles"] = {"trained generator": forged}
     scope = vars(gan) | names
     exec(cell.source, scope)
     return scope["nearest_is_training"]

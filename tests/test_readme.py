@@ -45,8 +45,8 @@ def test_the_readme_gives_the_committed_defaults(gan, committed):
         assert type(values[name])(default) == values[name], name
 
 
-def test_the_pictures_shown_are_of_the_last_epoch(committed):
-    epochs = int(re.search(r"\d+", dict(parameter_lines(committed))["EPOCHS"])[0])
+def test_the_pictures_shown_are_of_the_last_epoch(gan, committed):
+    epochs = parameter_values(gan, committed)["EPOCHS"]
     for text in (section("Results"), committed.cells[0].source):
         (shown,) = re.findall(r"gan_images/epoch_\d+\.png", text)
         assert shown == f"gan_images/epoch_{epochs:03d}.png"
