@@ -1,119 +1,125 @@
-"""What each part of the recipe is worth: the tables "What we tried" of gan.ipynb.
+"""What each part of the recipe is worth, and what other parts would be: a table by hand.
 
-Run it by hand: `.venv/bin/python tests/ablation.py` plays all rows, in about 50 minutes on two
-cores; `tests/ablation.py dropout R1` those whose names hold one of these words, and
-`tests/ablation.py --seconds 360 "the default" 0.999` longer games. A row is the notebook's own
-code with something changed. Each row plays SEEDS games, each game gets that many seconds of one
-core, as many games at a time as there are cores. A cell is the mean ± the standard deviation over
-the games; the judge scores 10,000 digits of each.
+`.venv/bin/python tests/ablation.py` plays all rows in about an hour on two cores, each game for 90
+seconds of one core; `tests/ablation.py dropout R1` plays those whose names hold one of these words.
+`--seconds 360` or `--epochs 25` plays longer games, `--seeds 5` more of each row (without it 3), as
+many at a time as there are cores. A row is the notebook's own code with something changed. A cell
+is the mean ± the standard deviation over the games; 10,000 samples of each are scored against the
+held-out digits, by the features of the notebook's two classifiers (the last column: the second).
 """
 
 import argparse
-import functools
+import itertools
 import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 
 os.environ["OMP_NUM_THREADS"] = "1"  # games side by side must not share cores
 
 import torch
-from conftest import ROOT, load_definitions, parameter_values, read_notebook
+import torchvision
+from conftest import CPU, ROOT, load_definitions, parameter_values, read_notebook
 from torch import nn
 from torch.nn.functional import pad, softplus
 
-SEEDS = 3
 COLUMNS = {  # and how their figures are written
-    "seconds_an_epoch": ".1f",
-    "frechet_distance": ".2f",
+    "seconds an epoch": ".1f",
+    "Fréchet distance": ".2f",
+    "precision": ".3f",
     "coverage": ".3f",
     "confident": ".3f",
+    "Fréchet distance, second classifier": ".2f",
 }
 
 
-class Piles(nn.Module):
-    """Append the mean deviation of the features in each pile of images (Karras et al., 2018)."""
+def relu_without_norm(gan):
+    """Let all hidden layers have a ReLU, and none batch norm."""
+    usual = gan.perceptron
 
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
+    def perceptron(*sizes, norm=False):
+        layers = usual(*sizes)
+        for activation in layers[1::2]:
+            activation.negative_slope = 0
+        return layers
 
-    def forward(self, features):
-        size = min(self.size, len(features))
-        spread = features.view(-1, size, features.shape[1]).std(1).mean(1, keepdim=True)
-        return torch.cat([features, spread.repeat_interleave(size, 0)], 1)
+    gan.perceptron = perceptron
 
 
-def networks(gan, norm=True, slope=0.2, widths=(512, 256), dropout=0, pile=None):
-    """Let the players be networks of this form."""
+def at_start(gan, change):
+    """Let change(game) follow on every new_gan."""
+    usual = gan.new_gan
 
-    def generator(latent_dim):
-        layers, inputs = [], latent_dim
-        for width in (256, 512, 1024):
-            batch_norm = [nn.BatchNorm1d(width)] if norm else []
-            layers += [nn.Linear(inputs, width), *batch_norm, nn.LeakyReLU(slope, inplace=True)]
-            inputs = width
-        return nn.Sequential(*layers, nn.Linear(1024, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))
+    def new_gan(*arguments, **options):
+        game = usual(*arguments, **options)
+        change(game)
+        return game
 
-    def discriminator():
-        layers, inputs = [nn.Flatten()], 784
-        for width in widths:
-            layers += [nn.Linear(inputs, width), nn.LeakyReLU(slope, inplace=True)]
-            layers += [nn.Dropout(dropout)] if dropout else []
-            inputs = width
-        layers += [Piles(pile), nn.Linear(inputs + 1, 1)] if pile else [nn.Linear(inputs, 1)]
-        return nn.Sequential(*layers)
-
-    gan.Generator, gan.Discriminator = generator, discriminator
+    gan.new_gan = new_gan
 
 
 def no_average(gan):
-    """Let the averaged generator be the generator itself."""
+    """Let the generator stand for its average."""
 
-    class Game(gan.Game):
-        def sample(self, points):
-            self.averaged.load_state_dict(self.generator.state_dict())
-            return super().sample(points)
+    def change(game):
+        game.averaged = game.generator
+        game.averaged.update_parameters = lambda generator: None
 
-    gan.Game, gan.update_average = Game, lambda averaged, generator, step: None
-    gan.update_bn = lambda loader, averaged: None
-
-
-def betas(gan, share):
-    """Let both Adams keep this share of momentum, and this of past squared gradients."""
-
-    class Game(gan.Game):
-        def __init__(self, parameters, device):
-            super().__init__(parameters, device)
-            for adam in (self.discriminator_adam, self.generator_adam):
-                adam.param_groups[0]["betas"] = share
-
-    gan.Game = Game
+    at_start(gan, change)
+    gan.update_bn = lambda batches, averaged: None
 
 
-def copied_statistics(gan):
-    """Give the average the generator's batch norm statistics instead of some of its own."""
-    update = gan.update_average
+def own_statistics(gan):
+    """Leave the average with the generator's batch norm statistics: AveragedModel copies them."""
+    gan.update_bn = lambda batches, averaged: None
 
-    def update_average(averaged, generator, step):
-        update(averaged, generator, step)
-        for copied, collected in zip(averaged.buffers(), generator.buffers(), strict=True):
-            copied.copy_(collected)
 
-    gan.update_average, gan.update_bn = update_average, lambda loader, averaged: None
+def slow_discriminator(gan, share):
+    """Let the discriminator's learning rate be this share of the generator's."""
+
+    def change(game):
+        game.adam_d.param_groups[0]["lr"] *= share
+
+    at_start(gan, change)
 
 
 def decay(gan):
-    """Halve the learning rate of both players every other epoch."""
-    play_on = gan.train_epoch
+    """Let both learning rates fall to 0 at the end of the game, in a straight line."""
+    usual = gan.discriminator_step
 
-    def train_epoch(game, *arguments):
-        for adam in (game.discriminator_adam, game.generator_adam):
-            rate = game.parameters["LEARNING_RATE"]
-            adam.param_groups[0]["lr"] = rate * 0.5 ** (len(game.history) / 2)
-        return play_on(game, *arguments)
+    def discriminator_step(game, *arguments):
+        for adam in (game.adam_d, game.adam_g):
+            adam.param_groups[0]["lr"] = adam.defaults["lr"] * (1 - gan.played())
+        return usual(game, *arguments)
 
-    gan.train_epoch = train_epoch
+    gan.discriminator_step = discriminator_step
+
+
+class MinibatchDeviation(nn.Module):
+    """Append the mean deviation of the features in each group of images (Karras et al., 2018)."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.group = group
+
+    def forward(self, features):
+        deviations = features.view(-1, self.group, features.shape[1]).std(1).mean(1, keepdim=True)
+        return torch.cat([features, deviations.repeat_interleave(self.group, 0)], 1)
+
+
+def discriminator(gan, widths=(512, 256), dropout=0, group=0):
+    """Let the discriminator be a perceptron of this form."""
+
+    def make():
+        *hidden, last = gan.perceptron(784, *widths, 1)
+        if dropout:
+            hidden[1::2] = [nn.Sequential(each, nn.Dropout(dropout)) for each in hidden[1::2]]
+        if group:
+            hidden, last = [*hidden, MinibatchDeviation(group)], nn.Linear(widths[-1] + 1, 1)
+        return nn.Sequential(nn.Flatten(), *hidden, last)
+
+    gan.Discriminator = make
 
 
 def shift(images, most=2):
@@ -139,133 +145,156 @@ def penalty(logits, images):
     return gradient.flatten(1).square().sum(1).mean() / 2
 
 
-def r1(gan, relativistic=False):
-    """Add R1 to the discriminator's loss; or play the relativistic game with R1 and R2
-    (Jolicoeur-Martineau, 2019; Huang et al., 2024)."""
-    seen = {}
+def r1(gan, weight=1, every=1):
+    """Add R1 to the discriminator's loss, or every so many steps so many times as much."""
+    usual, steps = gan.discriminator_step, itertools.count()
 
-    def discriminator_step(discriminator, optimizer, real, fake):
-        seen["real"] = real
-        real, fake = real.requires_grad_(), fake.detach().requires_grad_()
-        on_real, on_fake = discriminator(torch.cat([real, fake])).split(len(real))
-        loss = penalty(on_real, real)
-        if relativistic:
-            loss = loss + softplus(on_fake - on_real).mean() + penalty(on_fake, fake)
-        else:
-            loss = loss + gan.cross_entropy(on_real, 1) + gan.cross_entropy(on_fake, 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach(), on_real.detach(), on_fake.detach()
+    def discriminator_step(game, real, fake, loss):
+        def penalised(on_real, on_fake):
+            return loss(on_real, on_fake) + weight * every * penalty(on_real, real)
 
-    def generator_step(generator, discriminator, optimizer, fake):
-        loss = softplus(discriminator(seen["real"].detach()) - discriminator(fake)).mean()
-        optimizer.zero_grad()
-        loss.backward(inputs=list(generator.parameters()))
-        optimizer.step()
-        return loss.detach()
+        if next(steps) % every:
+            return usual(game, real, fake, loss)
+        return usual(game, real.requires_grad_(), fake, penalised)
 
     gan.discriminator_step = discriminator_step
-    if relativistic:
-        gan.generator_step = generator_step
 
 
-usual_adam = functools.partial(betas, share=(0.9, 0.999))
-momentum = functools.partial(betas, share=(0.5, 0.999))
-ORIGINAL = {"BATCH_SIZE": 16, "LEARNING_RATE": 2e-4}
-ROWS = {  # name: (parameters that differ from the default run's, changes of the code)
+def relativistic(gan):
+    """Play the relativistic game with R1 and R2 (Jolicoeur-Martineau, 2019; Huang et al., 2024)."""
+    step_d, step_g, batch = gan.discriminator_step, gan.generator_step, {}
+
+    def discriminator_step(game, real, fake, _):
+        batch["real"], images = real, torch.cat([real, fake.detach()]).requires_grad_()
+
+        def loss(logits, _):
+            on_real, on_fake = logits.chunk(2)
+            return softplus(on_fake - on_real).mean() + 2 * penalty(logits, images)
+
+        return step_d(game, images, fake[:0], loss)
+
+    def generator_step(game, fake, _):
+        on_real = game.discriminator(batch["real"])
+        return step_g(game, fake, lambda on_fake: softplus(on_real - on_fake).mean())
+
+    gan.discriminator_step, gan.generator_step = discriminator_step, generator_step
+
+
+ORIGINAL = {"size": 16, "rate": 2e-4, "betas": (0.9, 0.999)}
+LESS_MOMENTUM = {"betas": (0.5, 0.999)}
+ROWS = {  # name: (what differs from the default run's batch size and new_gan, changes of the code)
     "the original's: ReLU, no batch norm, momentum 0.9, batch 16, learning rate 2e-4": (
         ORIGINAL,
-        [usual_adam, no_average, lambda gan: networks(gan, norm=False, slope=0)],
+        [relu_without_norm, no_average],
     ),
-    "+ LeakyReLU, batch norm in G": (ORIGINAL, [usual_adam, no_average]),
-    "+ momentum 0.5": (ORIGINAL, [momentum, no_average]),
-    "+ batch 128": ({"LEARNING_RATE": 2e-4}, [momentum, no_average]),
-    "+ learning rate 1e-3": ({}, [momentum, no_average]),
-    "+ no momentum, β2 = 0.99": ({}, [no_average]),
-    "+ averaging = **the default**": ({}, []),
-    "default, β2 = 0.999": ({}, [functools.partial(betas, share=(0, 0.999))]),
-    "default, the average with the generator's batch norm statistics": ({}, [copied_statistics]),
-    "default, batch 64": ({"BATCH_SIZE": 64}, []),
-    "default, learning rate 5e-4": ({"LEARNING_RATE": 5e-4}, []),
-    "default, learning rate that halves every 2 epochs": ({}, [decay]),
-    "default, 32 latent numbers": ({"LATENT_DIM": 32}, []),
-    "default, D twice as wide": ({}, [lambda gan: networks(gan, widths=(1024, 512))]),
-    "default, dropout 0.3 in D": ({}, [lambda gan: networks(gan, dropout=0.3)]),
+    "+ LeakyReLU, batch norm in G": (ORIGINAL, [no_average]),
+    "+ momentum 0.5": (ORIGINAL | LESS_MOMENTUM, [no_average]),
+    "+ batch 128": ({"rate": 2e-4} | LESS_MOMENTUM, [no_average]),
+    "+ learning rate 1e-3": (LESS_MOMENTUM, [no_average]),
+    "+ no momentum, β1 = 0 with β2 = 0.999": ({"betas": (0.0, 0.999)}, [no_average]),
+    "+ β2 = 0.99": ({}, [no_average]),
+    "+ running average = **the default**": ({}, []),
+    "default, the average with the generator's batch norm statistics": ({}, [own_statistics]),
+    "default, batch 64": ({"size": 64}, []),
+    "default, learning rate 5e-4": ({"rate": 5e-4}, []),
+    "default, learning rate that decays linearly to 0": ({}, [decay]),
+    "default, 32 latent numbers": ({"latent_dim": 32}, []),
+    "default, D twice as wide": ({}, [partial(discriminator, widths=(1024, 512))]),
+    "default, dropout 0.3 in D": ({}, [partial(discriminator, dropout=0.3)]),
     "default, shifts of up to 2 pixels": ({}, [shifts]),
-    "default, R1": ({}, [r1]),
-    "default, relativistic loss with R1 and R2": ({}, [lambda gan: r1(gan, relativistic=True)]),
-    "default, D also sees the spread of 16 digits": ({}, [lambda gan: networks(gan, pile=16)]),
+    "default, R1 on every step, γ = 1": ({}, [r1]),
+    "default, R1 on every 8th step times 8, γ = 1": ({}, [partial(r1, every=8)]),
+    "default, R1 on every 8th step times 8, γ = 0.1": ({}, [partial(r1, weight=0.1, every=8)]),
+    "default, D's learning rate half of G's": ({}, [partial(slow_discriminator, share=1 / 2)]),
+    "default, D's learning rate a quarter of G's": ({}, [partial(slow_discriminator, share=1 / 4)]),
+    "default, relativistic loss with R1 and R2": ({}, [relativistic]),
+    "default, minibatch deviation of 16 images": ({}, [partial(discriminator, group=16)]),
 }
 
 
-class TimeIsUp(Exception):
-    """Raised in the middle of an epoch."""
-
-
-def play(name, seed, seconds):
-    """Play one game of the row; return its seconds an epoch and its scores."""
-    torch.set_num_threads(1)
-    os.chdir(ROOT)
-    gan, (parameters, changes) = load_definitions(), ROWS[name]
+def play(name, seed, seconds, epochs):
+    """Play a game of the row, so many epochs or, if that is None, seconds; return its figures."""
+    gan, (options, changes) = load_definitions(), ROWS[name]
     for change in changes:
         change(gan)
-    cpu, (images, held_out, judge) = torch.device("cpu"), load()
-    defaults = gan.check_parameters(parameter_values(gan, read_notebook()))
-    game = gan.Game(defaults | parameters | {"SEED": seed}, cpu)
-    steps, update, began = 0, gan.update_average, time.process_time()
+    (images, evaluators), values = load(), parameter_values(read_notebook())
+    names = {"size": "BATCH_SIZE", "latent_dim": "LATENT_DIM", "rate": "LEARNING_RATE"}
+    options = {option: values[name] for option, name in names.items()} | options
+    size = options.pop("size")
+    game, batches = gan.new_gan(seed, CPU, **options), gan.batches
+    steps, began = 0, time.process_time()
 
-    def update_and_watch(*arguments):
+    def played_epochs():
+        return steps / (len(images) // size)
+
+    def played():
+        return played_epochs() / epochs if epochs else (time.process_time() - began) / seconds
+
+    def batches_in_time(*arguments):
         nonlocal steps
-        update(*arguments)
-        steps += 1
-        if time.process_time() - began > seconds:
-            raise TimeIsUp
+        for batch in batches(*arguments):
+            yield batch
+            steps += 1
+            if played() >= 1:
+                return
 
-    gan.update_average = update_and_watch
-    try:
-        while True:
-            rng = gan.random_numbers(seed, len(game.history) + 1, cpu)
-            game.history.append(gan.train_epoch(game, images, held_out, rng))
-    except TimeIsUp:
-        rng = gan.random_numbers(seed, 0, cpu)
-        size = game.parameters["BATCH_SIZE"]
-        gan.update_bn(game.latent_points(80 * size, rng).split(size), game.averaged)
-        points, epochs = game.latent_points(10_000, rng), steps * size / len(images)
-        return {"seconds_an_epoch": seconds / epochs} | judge.score(game.sample(points))
+    gan.batches, gan.played = batches_in_time, lambda: min(1, played())
+    for epoch in itertools.count(1):
+        gan.train_epoch(game, images, size, seed, epoch)
+        if played() >= 1:
+            break
+    spent = time.process_time() - began
+    noise = torch.randn(10_000, game.latent_dim, generator=torch.manual_seed(seed + 1))
+    first, second = (each.score(gan.sample(game.averaged, noise)) for each in evaluators)
+    return first | {
+        "seconds an epoch": spent / played_epochs(),
+        "Fréchet distance, second classifier": second["Fréchet distance"],
+    }
 
 
-@functools.cache
+@cache
 def load():
-    """Return the training images, the held-out ones and the notebook's judge."""
-    gan = load_definitions()
-    images, held_out = (gan.load_images("MNIST", train)[0] for train in (True, False))
-    classifier = gan.load_classifier("MNIST", 0, ROOT / "models", torch.device("cpu"))
-    return images, held_out, gan.Judge(classifier, gan.to_unit_range(held_out))
+    """Return the training images, and an evaluator by each of the notebook's two classifiers."""
+    gan, data = load_definitions(), torchvision.datasets.MNIST
+    training, test = (data(ROOT / "data", train, download=True) for train in (True, False))
+    images, held_out = (part.data[:, None] / 127.5 - 1 for part in (training, test))
+    split = len(images) * 5 // 6
+    learned = images[:split], training.targets[:split]
+    classifiers = [gan.train_classifier(*learned, seed) for seed in (0, 1)]
+    return images, [gan.Evaluator(classifier, held_out) for classifier in classifiers]
+
+
+def cell(values, form):
+    """Return the mean of values and, if there are several, their standard deviation."""
+    figures = [statistics.mean(values), *([statistics.stdev(values)] if values[1:] else [])]
+    return " ± ".join(f"{figure:{form}}" for figure in figures)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*")
-    parser.add_argument("--seconds", type=int, default=90)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, default=90)
+    length.add_argument("--epochs", type=int)
+    parser.add_argument("--seeds", type=int, default=3)
     chosen = parser.parse_args()
-    os.chdir(ROOT)
-    load()  # so that the classifier is there for all games
     names = [name for name in ROWS if any(word in name for word in chosen.words or [""])]
-    print("| recipe |", " | ".join(column.replace("_", " ") for column in COLUMNS), "|")
-    print("| --- |", " | ".join(["---:"] * len(COLUMNS)), "|")
+    load()  # before the processes fork, so that they have it, too
+    print("| recipe |", " | ".join(COLUMNS), "|")
+    print("| --- |", " | ".join(["---:"] * len(COLUMNS)), "|", flush=True)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        games = [
-            [pool.submit(play, name, seed, chosen.seconds) for seed in range(SEEDS)]
+        games = {
+            name: [
+                pool.submit(play, name, seed, chosen.seconds, chosen.epochs)
+                for seed in range(chosen.seeds)
+            ]
             for name in names
-        ]
-        for name, futures in zip(names, games, strict=True):
-            scores = [future.result() for future in futures]
-            cells = []
-            for column, form in COLUMNS.items():
-                values = [score[column] for score in scores]
-                mean, spread = statistics.mean(values), statistics.stdev(values)
-                cells.append(f"{mean:{form}} ± {spread:{form}}")
+        }
+        for name, futures in games.items():
+            figures = [future.result() for future in futures]
+            cells = [
+                cell([each[column] for each in figures], COLUMNS[column]) for column in COLUMNS
+            ]
             print("|", name, "|", " | ".join(cells), "|", flush=True)
 
 

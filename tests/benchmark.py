@@ -1,25 +1,23 @@
 """How fast the loop is: `.venv/bin/python tests/benchmark.py`, by hand, on an idle machine.
 
-One process times, in turns, an epoch of 60,000 digits by the notebook's own train_epoch, at its
-default batch size, by the matrix products of that alone, below which no loop on this machine can
-get, and by the loop of most tutorials, at two batch sizes (a part of an epoch, scaled up). All play
-with the same networks. Reported are the medians over the turns.
+One process times, in turns, an epoch of 60,000 digits by the notebook's own play, running average
+included, at its default batch size, by the matrix products of that alone, below which no loop on
+this machine can get, and by the loop of most tutorials, at three batch sizes (a part of an epoch,
+scaled up). All play with the same networks. Reported are the medians over the turns.
 """
 
-import os
 import platform
 import statistics
 import time
 
 import torch
 import torchvision
-from conftest import ROOT, load_definitions, parameter_values, read_notebook
+from conftest import CPU, ROOT, load_definitions, parameter_values, read_notebook
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
 EPOCH, PART, TURNS = 60_000, 6_400, 5
-CPU = torch.device("cpu")
 
 
 def tutorial_loop(gan, digits, size):
@@ -49,7 +47,9 @@ def matrix_products(gan, size):
     """Do the matrix products of an epoch's steps, and nothing else."""
 
     def layers(network):
-        return [module.weight.detach() for module in network if isinstance(module, nn.Linear)]
+        return [
+            module.weight.detach() for module in network.modules() if isinstance(module, nn.Linear)
+        ]
 
     generator, discriminator = layers(gan.Generator()), layers(gan.Discriminator())
     rows = {
@@ -83,20 +83,22 @@ def matrix_products(gan, size):
 
 
 def main():
-    os.chdir(ROOT)
-    gan = load_definitions()
-    parameters = gan.check_parameters(parameter_values(gan, read_notebook()))
-    size = parameters["BATCH_SIZE"]
-    images, held_out = (gan.load_images("MNIST", train)[0] for train in (True, False))
+    gan, values = load_definitions(), parameter_values(read_notebook())
+    size = values["BATCH_SIZE"]
     scaling = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
-    mnist = torchvision.datasets.MNIST("data", transform=scaling)
-    digits = Subset(mnist, range(PART))
-    game = gan.Game(parameters, CPU)
-    rng = gan.random_numbers(0, 1, CPU)
+    mnist = torchvision.datasets.MNIST(ROOT / "data", transform=scaling, download=True)
+    digits, images = Subset(mnist, range(PART)), mnist.data[:, None] / 127.5 - 1
+    rng = torch.Generator().manual_seed(0)
+    game = gan.new_gan(0, CPU, values["LATENT_DIM"], values["LEARNING_RATE"])
+
+    def notebook_loop():
+        gan.play(game, gan.batches(images, size, rng), rng)
+
     contenders = {  # name: (what to time, how many of it make an epoch)
         "tutorial loop, batch 16": (lambda: tutorial_loop(gan, digits, 16), EPOCH / PART),
         "tutorial loop, batch 64": (lambda: tutorial_loop(gan, digits, 64), EPOCH / PART),
-        f"this notebook, batch {size}": (lambda: gan.train_epoch(game, images, held_out, rng), 1),
+        "tutorial loop, batch 128": (lambda: tutorial_loop(gan, digits, 128), EPOCH / PART),
+        f"this notebook, batch {size}": (notebook_loop, 1),
         f"matrix products alone, batch {size}": (lambda: matrix_products(gan, size), 1),
     }
     times = {name: [] for name in contenders}
@@ -107,7 +109,8 @@ def main():
             times[name].append((time.perf_counter() - began) * times_an_epoch)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     own = medians[f"this notebook, batch {size}"]
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"{platform.machine()}, {threads}, torch {torch.__version__}, in float32\n")
     print("| an epoch by | seconds | fastest to slowest turn | times the notebook's |")
     print("| --- | ---: | ---: | ---: |")
     for name, seconds in times.items():

@@ -1,23 +1,37 @@
-"""Import the definition cells of gan.ipynb as the module `gan`; make tiny games to play with."""
+"""Import the definition cells of gan.ipynb as the module `gan`; play tiny games with them."""
 
-import contextlib
+import ast
+import linecache
 import os
-import re
+import shutil
 import subprocess
+import sys
 import types
+import zlib
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import torch
 
 matplotlib.use("Agg")
+plt.show = lambda: plt.close("all")  # a notebook shows its figures, and is done with them
 if "PYTEST_VERSION" in os.environ:
-    torch.set_num_threads(1)  # these games are too small to share
+    os.environ["OMP_NUM_THREADS"] = "1"  # these games are too small to share
+    torch.set_num_threads(1)
 for name in [name for name in os.environ if name.startswith("GAN_")]:
     del os.environ[name]  # the tests choose their own parameters
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+TINY = {"DATASET": "MNIST", "EPOCHS": 2, "BATCH_SIZE": 32, "LATENT_DIM": 8, "LEARNING_RATE": 5e-4}
+TINY |= {"SEED": 1, "LIMIT": 100, "RESUME": 1, "OUTPUT_DIR": "."}  # a run that takes no time
+INJECTED = TINY | {"LIMIT": 256, "BATCH_SIZE": 64, "OUTPUT_DIR": "out"}  # of the whole run
+SMALL = [  # edits that make both networks small, and their games fast
+    ("networks", "(latent_dim, 256, 512, 1024, 784, ", "(latent_dim, 32, 784, "),
+    ("networks", "(784, 512, 256, 1)", "(784, 32, 1)"),
+]
 
 
 def read_notebook():
@@ -25,32 +39,52 @@ def read_notebook():
 
 
 def code_cells(notebook, tag=None):
-    """The code cells with this tag, or those with neither of the two tags."""
-    known = {"definitions", "parameters"}
+    """The code cells with this tag, or those with neither of the two tags that define."""
     for cell in notebook.cells:
-        tags = known.intersection(cell.metadata.get("tags", []))
-        if cell.cell_type == "code" and (tag in tags if tag else not tags):
+        tags = cell.metadata.get("tags", [])
+        wanted = tag in tags if tag else not {"definitions", "parameters"}.intersection(tags)
+        if cell.cell_type == "code" and wanted:
             yield cell
 
 
-def load_definitions():
+def load_definitions(*edits):
+    """The definitions as a module; an edit (id, old, new) replaces old by new in that cell."""
     module = types.ModuleType("gan")
     for cell in code_cells(read_notebook(), "definitions"):
-        exec(compile(cell.source, f"<{cell.id}>", "exec"), vars(module))
+        source = cell.source
+        for name, old, new in edits:
+            assert name != cell.id or old in source, f"{name} does not hold {old!r}"
+            source = source.replace(old, new) if name == cell.id else source
+        name = f"<{cell.id} {zlib.crc32(source.encode())}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        exec(compile(source, name, "exec"), vars(module))
     return module
 
 
-def parameter_values(gan, notebook):
-    """The definitions, and the values that the parameters cell of notebook gives by default."""
-    values = dict(vars(gan))
-    exec(next(code_cells(notebook, "parameters")).source, values)
-    return values
+def run_cell(name, scope):
+    """Execute the notebook's cell with the id name; return all names that are there afterwards."""
+    (cell,) = (cell for cell in read_notebook().cells if cell.id == name)
+    scope = dict(scope)
+    exec(cell.source, scope)
+    return scope
 
 
-def parameter_lines(notebook):
-    """The name and the value, as text, of each line of the parameters cell."""
-    cell = next(code_cells(notebook, "parameters"))
-    return re.findall(r"^([A-Z_]+) *= *(.*)$", cell.source, flags=re.M)
+def parameter_values(notebook):
+    """What the lines of the parameters cell say, by name."""
+    (cell,) = code_cells(notebook, "parameters")
+    lines = ast.parse(cell.source).body
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+
+
+def committed_bytes(path):
+    """git's copy of a file: what a visitor sees, whatever was run or edited since."""
+    git = ["git", "-C", str(ROOT), "show", f"HEAD:{path}"]
+    try:
+        return subprocess.run(git, capture_output=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        if b"not a git repository" in getattr(error, "stderr", b"not a git repository"):
+            pytest.skip("not a git clone")
+        raise AssertionError(f"{path} is not committed") from None
 
 
 @pytest.fixture(scope="session")
@@ -60,13 +94,7 @@ def notebook():
 
 @pytest.fixture(scope="session")
 def committed():
-    """git's copy of the notebook: what a visitor sees, whatever was run or edited since."""
-    git = ["git", "-C", str(ROOT), "show", "HEAD:gan.ipynb"]
-    try:
-        text = subprocess.run(git, capture_output=True, check=True).stdout.decode()
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("not a git clone")
-    return nbformat.reads(text, as_version=4)
+    return nbformat.reads(committed_bytes("gan.ipynb").decode(), as_version=4)
 
 
 @pytest.fixture(scope="session")
@@ -75,53 +103,88 @@ def gan():
 
 
 @pytest.fixture(scope="session")
-def classifier_dir(gan, tmp_path_factory):
-    """A folder with the classifier of MNIST, and a hasty one in the place of the second."""
-    folder = tmp_path_factory.mktemp("classifiers")
-    with contextlib.chdir(ROOT):
-        gan.load_classifier("MNIST", 0, folder, torch.device("cpu"))
-        images, labels = (tensor[:2000] for tensor in gan.load_images("MNIST", True))
-    second = {"format": gan.FORMAT, "weights": gan.train_classifier(images, labels, 1).state_dict()}
-    path = folder / "classifier_MNIST_1.pth"
-    gan.write_atomically(path, gan.save_with_checksum, second)
-    return folder
+def small():
+    return load_definitions(*SMALL)
 
 
-TINY = {  # possible parameters of a run that takes no time
-    "DATASET": "MNIST",
-    "EPOCHS": 2,
-    "LIMIT": 96,
-    "BATCH_SIZE": 32,
-    "LATENT_DIM": 8,
-    "LEARNING_RATE": 5e-4,
-    "SEED": 1,
-    "RESUME": 1,
-}
+@pytest.fixture(autouse=True)
+def no_figure_stays_open():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request, tmp_path_factory):
+    """A run of the whole notebook in a clean folder, beside the tests, if one of them asks for it.
+    Parameters are set in papermill's way, by a cell after theirs."""
+    if not any("executed" in item.fixturenames for item in request.session.items):
+        return (yield)
+    folder, notebook = tmp_path_factory.mktemp("whole"), read_notebook()
+    place = 1 + notebook.cells.index(*code_cells(notebook, "parameters"))
+    injected = "\n".join(f"{name} = {value!r}" for name, value in INJECTED.items())
+    notebook.cells.insert(place, nbformat.v4.new_code_cell(injected))
+    nbformat.write(notebook, folder / "gan.ipynb")
+    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("*-ubyte"))
+    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
+    with open(folder / "terminal.txt", "wb") as terminal:
+        command += ["--ExecutePreprocessor.record_timing=False", "gan.ipynb"]
+        process = subprocess.Popen(command, cwd=folder, stdout=terminal, stderr=terminal)
+        yield process, folder
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def executed(beside):
+    """The folder of that run, and its executed notebook."""
+    process, folder = beside
+    assert process.wait() == 0, (folder / "terminal.txt").read_text()
+    return folder, nbformat.read(folder / "gan.ipynb", as_version=4)
+
+
+def act_in(owner, name, call, act):
+    """Let owner's function of that name first do act(), in its call-th call; list its calls."""
+    real, calls = getattr(owner, name), []
+
+    def acting(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            act()
+        return real(*args, **kwargs)
+
+    setattr(owner, name, acting)
+    return calls
 
 
 def random_images(count, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (count, 1, 28, 28), dtype=torch.uint8, generator=rng)
+    """Images (count, 1, 28, 28) of noise in [-1, 1]."""
+    return torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def tiny_judge(gan):
-    """A judge of 8 features that has learned nothing, and therefore takes no time."""
+def tiny_evaluator(gan):
+    """An evaluator with 8 features whose classifier has learned nothing, and takes no time."""
     torch.manual_seed(0)
-    features = torch.nn.Linear(784, 8, bias=False)
-    last = torch.nn.Linear(8, 10, bias=False)
-    classifier = torch.nn.Sequential(torch.nn.Flatten(), features, last)
-    return gan.Judge(classifier, gan.to_unit_range(random_images(400, 2)))
+    layers = torch.nn.Linear(784, 8, bias=False), torch.nn.Linear(8, 10, bias=False)
+    return gan.Evaluator(torch.nn.Sequential(torch.nn.Flatten(), *layers), random_images(400, 2))
+
+
+def new_game(gan, rate=TINY["LEARNING_RATE"]):
+    return gan.new_gan(TINY["SEED"], CPU, TINY["LATENT_DIM"], rate)
 
 
 def run(gan, parameters, folder):
-    """What the notebook's training cell does, on random images, with all output in folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    game = gan.Game(parameters, torch.device("cpu"))
-    if parameters["RESUME"]:
-        gan.resume(game, folder)
-    images, held_out = random_images(parameters["LIMIT"]), random_images(40, 1)
-    gan.train(game, images, held_out, tiny_judge(gan), folder, folder)
-    return game
+    """What the notebook's cell train-run does, on random images, all files in folder; return the
+    names that it leaves."""
+    scope = vars(gan) | parameters | {"OUTPUT_DIR": str(folder), "device": CPU}
+    scope |= {"images": random_images(parameters["LIMIT"]), "held_out": random_images(40, 1)}
+    scope |= {"evaluator": tiny_evaluator(gan), "noise": torch.zeros(64, parameters["LATENT_DIM"])}
+    return run_cell("train-run", scope)
+
+
+def state(scope):
+    """Everything that a run has reached."""
+    names = ("generator", "discriminator", "averaged", "adam_g", "adam_d")
+    parts = {name: getattr(scope["gan"], name).state_dict() for name in names}
+    return parts | {"history": scope["history"]}
 
 
 def same(first, second):

@@ -6,136 +6,140 @@ import dis
 import gzip
 import json
 import re
-import shutil
 import threading
 import time
-import types
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
-from unittest.mock import Mock
 
 import nbformat
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, code_cells, parameter_lines, parameter_values
-from nbconvert.preprocessors import ExecutePreprocessor
+from conftest import CPU, INJECTED, ROOT, TINY, code_cells, parameter_values, run_cell
 
-DEFINES = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.Import, ast.ImportFrom)
+DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+LOOK_UP = ("LOAD_GLOBAL", "LOAD_NAME")
+DEFINES = (*DEFINITION, ast.Lambda, ast.Import, ast.ImportFrom)
+RUN_MAKES = {f"gan_images/{name}" for name in ("epoch_001.png", "epoch_002.png", "progress.gif")}
+RUN_MAKES |= {f"models/{name}.pth" for name in ("generator", "discriminator", "checkpoint")}
+RUN_MAKES |= {"models/checkpoint.previous.pth", "models/metrics.json"}
 
 
-def test_the_notebook_is_valid_and_runs_on_any_python3_kernel(notebook):
+def lines_of(cell):
+    return sum(bool(line.strip()) for line in cell.source.splitlines())
+
+
+def data_of(outputs, kind):
+    return [output.data[kind] for output in outputs if kind in output.get("data", {})]
+
+
+def printed_by(cell):
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def test_pictures_come_early_and_the_notebook_is_short(notebook):
     nbformat.validate(notebook)
-    assert notebook.metadata.kernelspec.name == "python3"
-    ids = [cell.id for cell in notebook.cells]
-    assert len(ids) == len(set(ids))
-    assert len(list(code_cells(notebook, "parameters"))) == 1
+    assert notebook.metadata.kernelspec.name == "python3"  # any will do
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for tag, most in (("first-game", 110), ("first-digits", 160)):
+        (first,) = code_cells(notebook, tag)
+        assert sum(map(lines_of, cells[: cells.index(first)])) <= most, tag
+    assert sum(map(lines_of, cells)) <= 560
+    for cell in cells:
+        assert lines_of(cell) <= 35, cell.id
 
 
-def test_definition_cells_only_define(notebook):
+def test_what_is_defined_is_seen_at_work_in_the_next_cell(committed):
+    cells, seen = [cell for cell in committed.cells if cell.cell_type == "code"], {}
+    runs = list(code_cells(committed))
+    for cell, following in zip(cells, cells[1:], strict=False):
+        if any(isinstance(node, DEFINITION) for node in ast.parse(cell.source).body):
+            seen[cell.id] = following in runs and bool(following.outputs)
+    assert sum(seen.values()) >= 0.9 * len(seen), seen
+
+
+def test_definition_cells_only_define_and_say_what(notebook):
     for cell in code_cells(notebook, "definitions"):
         for node in ast.parse(cell.source).body:
             if isinstance(node, ast.Assign):
                 ast.literal_eval(node.value)  # a constant
             else:
                 assert isinstance(node, DEFINES), f"{cell.id}, line {node.lineno}, runs something"
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, DEFINITION) and node.name != "__init__":
+                assert ast.get_docstring(node), f"{node.name} has no docstring"
 
 
 def test_other_cells_define_nothing(notebook):
     for cell in (*code_cells(notebook), *code_cells(notebook, "parameters")):
         for node in ast.walk(ast.parse(cell.source)):
-            assert not isinstance(node, DEFINES), (
-                f"{cell.id}, line {node.lineno}, defines something"
-            )
+            assert not isinstance(node, DEFINES), f"{cell.id}: {ast.unparse(node)}"
+
+
+def globals_of(code):
+    """The names that code, and the code within it, looks up outside of functions."""
+    read = {step.argval for step in dis.get_instructions(code) if step.opname in LOOK_UP}
+    return read.union(*(globals_of(part) for part in code.co_consts if hasattr(part, "co_code")))
 
 
 def test_definitions_use_no_name_that_a_run_cell_makes(notebook, gan):
-    def foreign_names(code):
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                yield instruction.argval
-        for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):
-                yield from foreign_names(constant)
-
+    known = vars(gan).keys() | vars(builtins).keys() | {"__qualname__"}
     for cell in code_cells(notebook, "definitions"):
-        for definition in ast.parse(cell.source).body:
-            if isinstance(definition, ast.FunctionDef | ast.ClassDef):
-                module = ast.Module([definition], [])
-                known = vars(gan).keys() | vars(builtins).keys() | {"__name__", "__qualname__"}
-                known |= {node.name for node in ast.walk(module) if hasattr(node, "name")}
-                unknown = set(foreign_names(compile(module, cell.id, "exec"))) - known
-                assert not unknown, f"{definition.name} in {cell.id} reads {unknown}"
+        unknown = globals_of(compile(cell.source, cell.id, "exec")) - known
+        assert not unknown, f"{cell.id} reads {unknown}"
 
 
-def test_every_definition_says_what_it_is(notebook):
-    for cell in code_cells(notebook, "definitions"):
-        for node in ast.walk(ast.parse(cell.source)):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "__init__":
-                assert ast.get_docstring(node), f"{node.name} has no docstring"
+def test_every_parameter_can_come_from_the_environment_and_wins(gan, notebook, monkeypatch):
+    texts = ["KMNIST", "3", "7", "5", "1e-4", "77", "600", "0", "runs/1"]
+    other = dict(zip(TINY, texts, strict=True))
+    names = parameter_values(notebook)  # fails if there is anything but a plain literal
+    assert names.keys() == other.keys()
+    numpy = TINY | {"LEARNING_RATE": np.float64(1e-4), "BATCH_SIZE": np.int64(60_000), "LIMIT": 0}
+    read = gan.read_parameters(numpy | {"OTHER": 1})
+    assert read == numpy and all(type(read[name]) is type(TINY[name]) for name in TINY)
+    for name, text in other.items():
+        monkeypatch.setenv(f"GAN_{name}", text)
+    scope = run_cell("setup-run", vars(gan) | TINY)
+    for name, text in other.items():
+        assert type(scope[name]) is type(TINY[name]) and scope[name] == type(TINY[name])(text)
 
 
-def test_a_setting_comes_from_the_environment_in_the_type_of_its_default(gan, monkeypatch):
-    assert gan.setting("EPOCHS", 50) == 50
-    for default, text, value in ((50, "3", 3), (5e-4, "1e-3", 1e-3), (".", "runs/1", "runs/1")):
-        monkeypatch.setenv("GAN_EPOCHS", text)
-        assert gan.setting("EPOCHS", default) == value
-    for default, text in ((50, "abc"), (50, "1.5"), (50, ""), (5e-4, "fast")):
-        monkeypatch.setenv("GAN_EPOCHS", text)
-        with pytest.raises(
-            ValueError, match=f"^GAN_EPOCHS={text} is impossible: EPOCHS must be a "
-        ):
-            gan.setting("EPOCHS", default)
+IMPOSSIBLE = [("EPOCHS", value) for value in (-3, 0, "five", "", 2.5)] + [("DATASET", "CIFAR10")]
+IMPOSSIBLE += [("BATCH_SIZE", 1), ("BATCH_SIZE", 101), ("LATENT_DIM", 0), ("SEED", -1)]
+IMPOSSIBLE += [("LEARNING_RATE", value) for value in ("fast", 0, float("nan"))] + [("RESUME", -1)]
+IMPOSSIBLE += [("LIMIT", value) for value in (31, -1, "all")]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("DATASET", "CIFAR10"),
-        ("EPOCHS", -3),
-        ("EPOCHS", 0),
-        ("EPOCHS", "5"),
-        ("EPOCHS", 2.5),
-        ("BATCH_SIZE", 1),
-        ("BATCH_SIZE", 97),
-        ("LATENT_DIM", 0),
-        ("LEARNING_RATE", 0),
-        ("LEARNING_RATE", float("nan")),
-        ("SEED", -1),
-        ("LIMIT", 60_001),
-        ("LIMIT", -1),
-        ("LIMIT", 1),
-        ("LIMIT", "all"),
-        ("RESUME", 2),
-    ],
-)
-def test_an_impossible_value_is_refused_in_one_line_that_names_it(gan, name, value):
-    assert gan.check_parameters(TINY | {"OTHER": 1}) == TINY
+@pytest.mark.parametrize("from_environment", [False, True])
+@pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
+def test_an_impossible_value_is_refused_in_one_line_that_names_it(
+    gan, monkeypatch, name, value, from_environment
+):
+    if from_environment:
+        monkeypatch.setenv(f"GAN_{name}", str(value))
     with pytest.raises(ValueError) as refusal:
-        gan.check_parameters(TINY | {name: value})
-    assert str(refusal.value).startswith(f"{name} = {value!r}")
+        gan.read_parameters(TINY if from_environment else TINY | {name: value})
+    assert name in str(refusal.value) and str(value) in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
-def test_an_output_folder_that_cannot_be_made_is_refused_by_its_name(gan, tmp_path):
-    for folder in gan.make_folders(str(tmp_path / "runs" / "1")):
-        assert folder.is_dir()
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="^OUTPUT_DIR = .* cannot be used: "):
-        gan.make_folders(str(tmp_path / "file"))
+def read_data(gan, dataset="MNIST"):
+    """What the cell data-run does, in the current folder."""
+    return run_cell("data-run", vars(gan) | {"DATASET": dataset, "LIMIT": 0, "device": CPU})
 
 
-def test_a_batch_may_be_as_large_as_the_data(gan):
-    assert gan.check_parameters(TINY | {"BATCH_SIZE": 96})
-    assert gan.check_parameters(TINY | {"BATCH_SIZE": 60_000, "LIMIT": 0})
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.delattr("urllib.request.urlopen")
 
 
-def test_the_embedded_digits_are_read_without_a_connection(gan, monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: pytest.fail("connected"))
-    for train, count in ((True, 60_000), (False, 10_000)):
-        images, labels = gan.load_images("MNIST", train, root=ROOT / "data")
-        assert images.shape == (count, 1, 28, 28) and images.dtype == torch.uint8
-        assert labels.shape == (count,) and labels.unique().tolist() == list(range(10))
-        assert images.min() == 0 and images.max() == 255
+def test_the_embedded_digits_are_read_without_a_connection(gan, tmp_path, monkeypatch, offline):
+    raw = tmp_path / "data/MNIST/raw"
+    raw.mkdir(parents=True)
+    for path in ROOT.glob("data/MNIST/raw/*.gz"):
+        (raw / path.name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    scope = read_data(gan)
+    assert len(scope["images"]) == 60_000 and len(scope["held_out"]) == 10_000
 
 
 def test_runs_that_start_together_unpack_the_digits_one_after_the_other(gan, tmp_path, monkeypatch):
@@ -143,141 +147,89 @@ def test_runs_that_start_together_unpack_the_digits_one_after_the_other(gan, tmp
     busy = threading.Lock()
 
     class Unpacking:
-        resources = ()
-        data = targets = torch.zeros(1)
+        data = torch.zeros(1, 28, 28)
 
         def __init__(self, *args, **kwargs):
             assert busy.acquire(blocking=False), "two unpack at the same time"
-            time.sleep(0.1)
+            time.sleep(0.05)
             busy.release()
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gan.torchvision.datasets, "MNIST", Unpacking)
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: gan.load_images("MNIST", True, root=tmp_path / "new"), range(3)))
+        list(pool.map(lambda _: read_data(gan), range(3)))
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_sliders_where_somebody_is_there_and_a_picture_where_nobody_is(
-    notebook, gan, monkeypatch, there
-):
-    gan.plt.close("all")
-    interact = Mock(wraps=gan.interact)
-    monkeypatch.setattr(gan, "interact", interact)
-    message = {"content": {"allow_stdin": there}}
-    kernel = types.SimpleNamespace(get_parent=lambda: message)
-    game = gan.Game(TINY, torch.device("cpu"))
-    points = game.latent_points(101, gan.random_numbers(0, 0, game.device))
-    ipython = types.SimpleNamespace(kernel=kernel)
-    names = {"get_ipython": lambda: ipython, "game": game, "points": points}
-    (cell,) = (cell for cell in notebook.cells if cell.id == "steer-run")
-    exec(cell.source, vars(gan) | names)
-    assert interact.call_count == there and len(gan.plt.get_fignums()) == 1
-    gan.plot_walk(game, points, walk=99, way=1.0)  # as far as the sliders go
+DAMAGED = {"-ubyte.gz": gzip.compress(b"damaged"), "-ubyte": b"\0\0\x08\x03cut short"}
 
 
 @pytest.mark.parametrize("dataset", ["MNIST", "FashionMNIST", "KMNIST"])
-def test_data_that_cannot_be_had_are_named_with_their_place(gan, dataset, tmp_path, monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("no connection")
-
-    monkeypatch.setattr("urllib.request.urlopen", offline)
-    raw = tmp_path / dataset / "raw"
-    raw.mkdir(parents=True)
-    (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"damaged"))
-    with pytest.raises(RuntimeError) as refusal:
-        gan.load_images(dataset, True, root=tmp_path)
-    for wanted in ("train-images", "train-labels", "t10k-images", "t10k-labels", str(raw)):
-        assert wanted in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("content", [b"\0\0\x08\x03cut short", bytes(100), b""])
-def test_a_damaged_unpacked_file_is_reported_too(gan, tmp_path, content):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        (raw / f"{name}-ubyte").write_bytes(content)
-    with pytest.raises(RuntimeError, match=re.escape(str(raw))):
-        gan.load_images("MNIST", True, root=tmp_path)
-
-
-def test_a_whole_run_leaves_what_is_promised_and_a_clean_notebook(
-    notebook, classifier_dir, tmp_path
+@pytest.mark.parametrize(
+    ("ending", "content"), [(None, b""), *DAMAGED.items(), ("-ubyte", bytes(100)), ("-ubyte", b"")]
+)
+def test_missing_or_damaged_data_are_named_with_their_place(
+    gan, dataset, ending, content, tmp_path, monkeypatch, offline
 ):
-    """Execute the notebook with papermill's way of setting parameters: a cell after theirs."""
-    shutil.copytree(classifier_dir, tmp_path / "out" / "models")
-    parameters = TINY | {"OUTPUT_DIR": str(tmp_path / "out")}
-    notebook = deepcopy(notebook)
-    place = 1 + notebook.cells.index(next(code_cells(notebook, "parameters")))
-    injected = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    notebook.cells.insert(place, nbformat.v4.new_code_cell(injected))
-    executor = ExecutePreprocessor(record_timing=False)
-    executor.preprocess(notebook, {"metadata": {"path": str(ROOT)}})
-
-    made = {
-        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")
-    }
-    assert made == {
-        "gan_images/epoch_001.png",
-        "gan_images/epoch_002.png",
-        "gan_images/progress.gif",
-        "models/checkpoint.pth",
-        "models/checkpoint.previous.pth",
-        "models/generator.pth",
-        "models/discriminator.pth",
-        "models/metrics.json",
-        "models/classifier_MNIST_0.pth",
-        "models/classifier_MNIST_1.pth",
-    }
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert all(output.get("name") != "stderr" for output in outputs)
-    lines = [output.data["text/plain"] for output in outputs if "data" in output]
-    assert sum(line.startswith("Epoch ") for line in lines) == 1
-    assert any(line.startswith("Epoch 2 of 2") for line in lines)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 8
-
-    metrics = json.loads((tmp_path / "out" / "models" / "metrics.json").read_text())
-    assert metrics["parameters"] == TINY and metrics["epochs"] == 2
-    tables = [
-        output.data["text/markdown"]
-        for output in outputs
-        if "text/markdown" in output.get("data", {})
-    ]
-    for table, key in zip(tables, ("scores", "second_judge"), strict=True):
-        shown = [[float(cell) for cell in line.split("|")[2:-1]] for line in table.splitlines()[2:]]
-        kept = zip(*(scores.values() for scores in metrics[key].values()), strict=True)
-        assert shown == [[round(value, 3) for value in row] for row in kept]
-        assert table.splitlines()[0].count("|") == 5
-    floor, trained, untrained = (
-        metrics["scores"][title]["frechet_distance"] for title in metrics["scores"]
-    )
-    assert floor < trained and floor < untrained and trained != untrained
+    monkeypatch.chdir(tmp_path)
+    raw = tmp_path / "data" / dataset / "raw"
+    if ending:
+        raw.mkdir(parents=True)
+        for path in ROOT.glob("data/MNIST/raw/*.gz"):
+            (raw / path.name.replace("-ubyte.gz", ending)).write_bytes(content)
+    with pytest.raises(RuntimeError, match=f"^{dataset} .*data/{dataset}/raw$"):
+        read_data(gan, dataset)
 
 
-def test_every_parameter_can_come_from_the_environment(gan, committed, monkeypatch):
-    defaults = parameter_values(gan, committed)
-    names = [name for name, _ in parameter_lines(committed)]
-    for name in names:
-        more = defaults[name] + ("x" if isinstance(defaults[name], str) else 1)
-        monkeypatch.setenv(f"GAN_{name}", str(more))
-    changed = parameter_values(gan, committed)
-    assert all(changed[name] != defaults[name] for name in names)
-    assert [type(changed[name]) for name in names] == [type(defaults[name]) for name in names]
+def test_a_whole_run_leaves_what_is_promised_and_a_clean_notebook(executed):
+    folder, notebook = executed
+    cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
+    made = {path.relative_to(folder / "out").as_posix() for path in folder.glob("out/*/*")}
+    assert made == RUN_MAKES
+    for cell in cells.values():
+        assert all(output.get("name") != "stderr" for output in cell.outputs)
+        assert bool(data_of(cell.outputs, "image/png")) == ("alt" in cell.metadata), cell.id
+    line = r"Epoch 2 of 2, [\d.]+ s: \d+ of 10 classes, 0.0 min left\n"
+    assert re.fullmatch(line, printed_by(cells["train-run"]))
+    assert printed_by(cells["proof-run"]).count(": True\n") == 3
 
 
-def test_the_committed_notebook_is_one_clean_run_of_its_defaults(gan, committed):
+def test_the_weights_and_metrics_that_a_run_saves_are_those_it_shows(gan, executed):
+    folder, notebook = executed
+    generator = gan.Generator(TINY["LATENT_DIM"])
+    generator.load_state_dict(torch.load(folder / "out/models/generator.pth"))
+    saved = gan.read_checkpoint(folder / "out/models/checkpoint.pth")["averaged"]
+    for name, weights in generator.named_parameters():
+        assert torch.equal(weights, saved[f"module.{name}"]), "not the averaged weights"
+    metrics = json.loads((folder / "out/models/metrics.json").read_text())
+    assert metrics["parameters"] == INJECTED
+    cells = {cell.id: cell for cell in notebook.cells}
+    for name, key in (("scores-run", "scores"), ("second-run", "second_scores")):
+        (table,) = data_of(cells[name].outputs, "text/markdown")
+        heads, _, *rows = ([cell.strip() for cell in row.split("|")] for row in table.splitlines())
+        assert heads[2:-1] == list(metrics[key]) == ["real digits", "generator", "untrained"]
+        for _, score, *shown, _ in rows:
+            saved = [f"{scores[score]:.3f}" for scores in metrics[key].values()]
+            assert shown == saved, score
+    printed = printed_by(cells["fresh-run"]) + printed_by(cells["nearest-run"])
+    for key in ("fresh_discriminator_accuracy", "nearest_is_training"):
+        assert f" {metrics[key]:.1%}" in printed
+    assert metrics["scores"] != metrics["second_scores"], "the second classifier is the first"
+
+
+def test_the_committed_notebook_is_one_clean_run_of_its_defaults(committed):
     cells = [cell for cell in committed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not any("execution" in cell.metadata for cell in cells), "timing metadata"
-    outputs = [output for cell in cells for output in cell.outputs]
     for cell in cells:
-        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+        if data_of(cell.outputs, "image/png"):
             assert cell.metadata.get("alt"), f"{cell.id} shows a picture without alternative text"
+    outputs = [output for cell in cells for output in cell.outputs]
     assert not any(output.output_type == "error" for output in outputs)
     assert not any(output.get("name") == "stderr" for output in outputs)
     texts = [output.get("text", output.get("data", {}).get("text/plain", "")) for output in outputs]
-    assert not re.search(r"(^|[\s'\"])(/\w+/|[A-Z]:\\)", "\n".join(texts)), "an absolute path"
-    epochs = parameter_values(gan, committed)["EPOCHS"]
-    assert any(text.startswith(f"Epoch {epochs} of {epochs}") for text in texts)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 8
+    assert not re.search(r"(^|[\s'\"(])(/\w+/|[A-Z]:\\)", "\n".join(texts)), "an absolute path"
+    values = parameter_values(committed)
+    (setup,) = (cell.outputs[0].text for cell in cells if cell.id == "setup-run")
+    assert f"{values['EPOCHS']} epochs of {values['DATASET']}, seed {values['SEED']}, " in setup
+    assert any(f"Epoch {values['EPOCHS']} of {values['EPOCHS']}" in text for text in texts)
     assert len(nbformat.writes(committed)) < 1_000_000
