@@ -176,7 +176,9 @@ def test_missing_or_damaged_data_are_named_with_their_place(
         raw.mkdir(parents=True)
         for path in ROOT.glob("data/MNIST/raw/*.gz"):
             (raw / path.name.replace("-ubyte.gz", ending)).write_bytes(content)
-    with pytest.raises(RuntimeError, match=f"^{dataset} .*data/{dataset}/raw$"):
+    with pytest.raises(
+        RuntimeError, match=f"^Put only .gz files into data/{dataset}/raw: [^\\n]+$"
+    ):
         read_data(gan, dataset)
 
 
