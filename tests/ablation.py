@@ -75,13 +75,15 @@ def own_statistics(gan):
     gan.update_bn = lambda batches, averaged: None
 
 
-def slow_discriminator(gan, share):
-    """Let the discriminator's learning rate be this share of the generator's."""
+def choices(gan, count, size=2):
+    """Let the choice be one of so many, and as large as size."""
 
-    def change(game):
-        game.adam_d.param_groups[0]["lr"] *= share
+    class Choice(nn.Module):
+        def forward(self, noise):
+            chosen = nn.functional.one_hot(noise[:, :count].argmax(1), count)
+            return torch.cat([size * chosen, noise[:, count:]], 1)
 
-    at_start(gan, change)
+    gan.Choice = Choice
 
 
 def decay(gan):
@@ -180,8 +182,10 @@ def relativistic(gan):
     gan.discriminator_step, gan.generator_step = discriminator_step, generator_step
 
 
-ORIGINAL = {"size": 16, "rate": 2e-4, "betas": (0.9, 0.999)}
-LESS_MOMENTUM = {"betas": (0.5, 0.999)}
+EQUAL = {"ratio": 1}  # of the learning rates
+PLAIN = EQUAL | {"choice": False}
+LESS_MOMENTUM = PLAIN | {"betas": (0.5, 0.999)}
+ORIGINAL = PLAIN | {"size": 16, "rate": 2e-4, "betas": (0.9, 0.999)}
 ROWS = {  # name: (what differs from the default run's batch size and new_gan, changes of the code)
     "the original's: ReLU, no batch norm, momentum 0.9, batch 16, learning rate 2e-4": (
         ORIGINAL,
@@ -191,22 +195,31 @@ ROWS = {  # name: (what differs from the default run's batch size and new_gan, c
     "+ momentum 0.5": (ORIGINAL | LESS_MOMENTUM, [no_average]),
     "+ batch 128": ({"rate": 2e-4} | LESS_MOMENTUM, [no_average]),
     "+ learning rate 1e-3": (LESS_MOMENTUM, [no_average]),
-    "+ no momentum, β1 = 0 with β2 = 0.999": ({"betas": (0.0, 0.999)}, [no_average]),
-    "+ β2 = 0.99": ({}, [no_average]),
+    "+ no momentum, β1 = 0 with β2 = 0.999": (PLAIN | {"betas": (0.0, 0.999)}, [no_average]),
+    "+ β2 = 0.99": (PLAIN, [no_average]),
+    "+ a choice": (EQUAL, [no_average]),
+    "+ D half as fast": ({}, [no_average]),
     "+ running average = **the default**": ({}, []),
+    "default, no choice": ({"choice": False}, []),
+    "default, no choice, 100 noise numbers": ({"choice": False, "latent_dim": 100}, []),
+    "default, a choice beside 100 noise numbers": ({"latent_dim": 110}, []),
+    "default, a choice of 20": ({"latent_dim": 52}, [partial(choices, count=20)]),
+    "default, a choice of 64": ({"latent_dim": 96}, [partial(choices, count=64)]),
+    "default, a choice of size 5": ({}, [partial(choices, count=10, size=5)]),
+    "default, momentum 0.5": ({"betas": (0.5, 0.99)}, []),
+    "default, β2 = 0.999": ({"betas": (0.0, 0.999)}, []),
+    "default, no average": ({}, [no_average]),
     "default, the average with the generator's batch norm statistics": ({}, [own_statistics]),
     "default, batch 64": ({"size": 64}, []),
     "default, learning rate 5e-4": ({"rate": 5e-4}, []),
     "default, learning rate that decays linearly to 0": ({}, [decay]),
-    "default, 32 latent numbers": ({"latent_dim": 32}, []),
     "default, D twice as wide": ({}, [partial(discriminator, widths=(1024, 512))]),
     "default, dropout 0.3 in D": ({}, [partial(discriminator, dropout=0.3)]),
     "default, shifts of up to 2 pixels": ({}, [shifts]),
-    "default, R1 on every step, γ = 1": ({}, [r1]),
     "default, R1 on every 8th step times 8, γ = 1": ({}, [partial(r1, every=8)]),
     "default, R1 on every 8th step times 8, γ = 0.1": ({}, [partial(r1, weight=0.1, every=8)]),
-    "default, D's learning rate half of G's": ({}, [partial(slow_discriminator, share=1 / 2)]),
-    "default, D's learning rate a quarter of G's": ({}, [partial(slow_discriminator, share=1 / 4)]),
+    "default, D as fast as G": (EQUAL, []),
+    "default, D a quarter as fast as G": ({"ratio": 1 / 4}, []),
     "default, relativistic loss with R1 and R2": ({}, [relativistic]),
     "default, minibatch deviation of 16 images": ({}, [partial(discriminator, group=16)]),
 }

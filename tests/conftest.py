@@ -25,7 +25,7 @@ for name in [name for name in os.environ if name.startswith("GAN_")]:
     del os.environ[name]  # the tests choose their own parameters
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-TINY = {"DATASET": "MNIST", "EPOCHS": 2, "BATCH_SIZE": 32, "LATENT_DIM": 8, "LEARNING_RATE": 5e-4}
+TINY = {"DATASET": "MNIST", "EPOCHS": 2, "BATCH_SIZE": 32, "LATENT_DIM": 12, "LEARNING_RATE": 5e-4}
 TINY |= {"SEED": 1, "LIMIT": 100, "RESUME": 1, "OUTPUT_DIR": "."}  # a run that takes no time
 INJECTED = TINY | {"LIMIT": 256, "BATCH_SIZE": 64, "OUTPUT_DIR": "out"}  # of the whole run
 SMALL = [  # edits that make both networks small, and their games fast
@@ -125,9 +125,9 @@ def beside(request, tmp_path_factory):
     notebook.cells.insert(place, nbformat.v4.new_code_cell(injected))
     nbformat.write(notebook, folder / "gan.ipynb")
     shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("*-ubyte"))
-    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
+    command = [sys.executable, "-m", "nbconvert", "--config", str(ROOT / ".nbconvert.py")]
     with open(folder / "terminal.txt", "wb") as terminal:
-        command += ["--ExecutePreprocessor.record_timing=False", "gan.ipynb"]
+        command += ["--to", "notebook", "--execute", "gan.ipynb"]
         process = subprocess.Popen(command, cwd=folder, stdout=terminal, stderr=terminal)
         yield process, folder
         process.kill()
@@ -138,7 +138,7 @@ def executed(beside):
     """The folder of that run, and its executed notebook."""
     process, folder = beside
     assert process.wait() == 0, (folder / "terminal.txt").read_text()
-    return folder, nbformat.read(folder / "gan.ipynb", as_version=4)
+    return folder, nbformat.read(folder / "gan.nbconvert.ipynb", as_version=4)
 
 
 def act_in(owner, name, call, act):

@@ -22,17 +22,28 @@ def test_the_losses_are_those_of_the_equations(gan):
 
 
 def test_noise_becomes_images_in_range_and_images_logits_that_leave_0_to_1(gan):
-    images = gan.Generator()(torch.randn(5, 100) * 10)
+    images = gan.Generator()(torch.randn(5, 42) * 10)
     assert images.shape == (5, 1, 28, 28) and images.dtype == torch.float32
     assert images.abs().max() <= 1
-    assert gan.Generator(7)(torch.randn(2, 7)).shape == (2, 1, 28, 28)
+    assert gan.Generator(17)(torch.randn(2, 17)).shape == (2, 1, 28, 28)
     logits = gan.Discriminator()(torch.randn(64, 1, 28, 28) * 20)
     assert logits.shape == (64, 1) and (logits.min() < 0 or logits.max() > 1)
 
 
+def test_a_choice_is_one_of_ten_alike_and_leaves_the_other_numbers(gan):
+    noise = torch.randn(10_000, 12, generator=torch.Generator().manual_seed(0))
+    chosen = gan.Choice()(noise)
+    assert torch.equal(chosen[:, 10:], noise[:, 10:])
+    assert chosen[:, :10].unique().tolist() == [0, 2] and (chosen[:, :10].sum(1) == 2).all()
+    assert torch.equal(chosen[:, :10].argmax(1), noise[:, :10].argmax(1))
+    assert ((chosen[:, :10] > 0).float().mean(0) - 0.1).abs().max() < 0.015
+    rows = torch.cat([torch.eye(10), torch.zeros(10, 2)], 1)  # so is a choice asked for
+    assert torch.equal(gan.Choice()(rows)[:, :10], 2 * torch.eye(10))
+
+
 def test_discriminator_step_moves_only_the_discriminator_and_lowers_its_loss(gan):
     game = new_game(gan, 1e-4)
-    real, fake = random_images(32), game.generator(torch.randn(32, 8))
+    real, fake = random_images(32), game.generator(torch.randn(32, 12))
     generator, discriminator = deepcopy(game.generator), deepcopy(game.discriminator)
     loss = gan.discriminator_step(game, real, fake, gan.discriminator_loss)
     assert same(game.generator.state_dict(), generator.state_dict())
@@ -45,7 +56,7 @@ def test_discriminator_step_moves_only_the_discriminator_and_lowers_its_loss(gan
 
 
 def test_generator_step_moves_only_the_generator_and_lowers_its_loss(gan):
-    game, noise = new_game(gan, 1e-4), torch.randn(32, 8)
+    game, noise = new_game(gan, 1e-4), torch.randn(32, 12)
     discriminator, losses = deepcopy(game.discriminator), []
     before = [weights.clone() for weights in game.generator.parameters()]
     for _ in range(2):
@@ -95,9 +106,9 @@ def test_the_balanced_small_game_finds_all_modes_and_the_collapsed_one_does_not(
 
 def test_averaged_generator_follows_slowly(gan):
     game = new_game(gan)
-    start = game.averaged.module[0][0].weight.clone()
+    start = game.averaged.module[1][0][0].weight.clone()
     losses = gan.train_epoch(game, random_images(96), 32, seed=0, epoch=1)
-    follower, leader = game.averaged.module[0][0].weight, game.generator[0][0].weight
+    follower, leader = game.averaged.module[1][0][0].weight, game.generator[1][0][0].weight
     assert 0 < (follower - start).norm() < (leader - start).norm()
     assert (leader - follower).norm() < (leader - start).norm() / 2, "it starts too slowly"
     assert game.generator.training and all(map(math.isfinite, losses))
@@ -106,7 +117,7 @@ def test_averaged_generator_follows_slowly(gan):
 def test_the_average_makes_images_with_statistics_of_its_own_and_each_by_itself(gan):
     game = new_game(gan, 5e-3)
     gan.train_epoch(game, random_images(960), 32, seed=0, epoch=1)
-    noise = torch.randn(5000, 8, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(5000, 12, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         by_its_own_batch = deepcopy(game.averaged).train()(noise)
     before = deepcopy(game.averaged.state_dict())
@@ -135,7 +146,7 @@ def test_each_epoch_of_each_seed_has_its_own_random_numbers(gan, monkeypatch):
     pairs = [(seed, epoch) for seed in (0, 1, 2**32 - 1) for epoch in (1, 2, 3)]
     assert len({draw(*pair) for pair in pairs}) == len(pairs)
     assert all(draw(*pair) == draw(*pair) for pair in pairs)
-    first, other = (gan.new_gan(seed, CPU, 8).generator.state_dict() for seed in (0, 1))
+    first, other = (gan.new_gan(seed, CPU, 12).generator.state_dict() for seed in (0, 1))
     assert not same(first, other)
 
 
@@ -149,7 +160,7 @@ def test_training_writes_comparable_grids_and_a_record_an_epoch(small, tmp_path)
         assert sum(record.pop("class distribution")) == pytest.approx(1)
         assert all(map(math.isfinite, record.values()))
     rng = torch.Generator().manual_seed(TINY["SEED"])
-    digits = small.sample(scope["gan"].averaged, torch.randn(2000, 8, generator=rng))
+    digits = small.sample(scope["gan"].averaged, torch.randn(2000, 12, generator=rng))
     shown = grids[1][32:60, 32:60, 0]  # second row, second column of 30 pixels each
     expected = (digits[9, 0].numpy() + 1) / 2
     assert np.abs(shown - expected).max() <= 1 / 255, "not on the fixed grey scale"
@@ -160,7 +171,7 @@ def test_training_writes_comparable_grids_and_a_record_an_epoch(small, tmp_path)
 def test_the_line_of_an_epoch_counts_epochs_and_classes(small, tmp_path, capsys, monkeypatch, seen):
     shares = [1 - 0.02 * (seen - 1)] + [0.02] * (seen - 1) + [0.0] * (10 - seen)
     scores = {"Fréchet distance": 1.0, "class distribution": shares}
-    evaluator = SimpleNamespace(score=lambda fake: dict(scores))
+    evaluator = SimpleNamespace(score=lambda fake, neighbours: dict(scores))
     clock = iter((0, 30) * 2)
     monkeypatch.setattr(small.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr("conftest.tiny_evaluator", lambda gan: evaluator)
@@ -190,11 +201,13 @@ def test_film_and_animation_show_the_epochs_in_order_and_rest_on_the_last(gan, t
     for epoch, path in enumerate(paths, 1):
         Image.new("RGB", (242, 242), (10 * epoch,) * 3).save(path)
     gan.plot_film(paths)
-    rows = {int(axis.get_ylabel()): axis.images[0].get_array() for axis in plt.gcf().axes}
-    assert list(rows) == sorted(rows) and min(rows) == 1 and max(rows) == epochs
+    (axis,) = plt.gcf().axes
+    rows = [int(label.get_text()) for label in axis.get_yticklabels()]
+    assert rows == sorted(set(rows)) and rows[0] == 1 and rows[-1] == epochs
     assert len(rows) == 1 if epochs == 1 else 6 <= len(rows) <= 8
-    for epoch, row in rows.items():
-        assert row.max() == pytest.approx(10 * epoch / 255, abs=1 / 255)
+    for epoch, place in zip(rows, axis.get_yticks(), strict=True):
+        shown = axis.images[0].get_array()[int(place)].max()
+        assert shown == pytest.approx(10 * epoch / 255, abs=1 / 255)
     gan.save_animation(paths, tmp_path / "progress.gif")
     with Image.open(tmp_path / "progress.gif") as film:
         assert film.n_frames == epochs and film.info.get("loop", 0) == 0

@@ -89,7 +89,7 @@ def test_definitions_use_no_name_that_a_run_cell_makes(notebook, gan):
 
 
 def test_every_parameter_can_come_from_the_environment_and_wins(gan, notebook, monkeypatch):
-    texts = ["KMNIST", "3", "7", "5", "1e-4", "77", "600", "0", "runs/1"]
+    texts = ["KMNIST", "3", "7", "50", "1e-4", "77", "600", "0", "runs/1"]
     other = dict(zip(TINY, texts, strict=True))
     names = parameter_values(notebook)  # fails if there is anything but a plain literal
     assert names.keys() == other.keys()
@@ -104,7 +104,7 @@ def test_every_parameter_can_come_from_the_environment_and_wins(gan, notebook, m
 
 
 IMPOSSIBLE = [("EPOCHS", value) for value in (-3, 0, "five", "", 2.5)] + [("DATASET", "CIFAR10")]
-IMPOSSIBLE += [("BATCH_SIZE", 1), ("BATCH_SIZE", 101), ("LATENT_DIM", 0), ("SEED", -1)]
+IMPOSSIBLE += [("BATCH_SIZE", 1), ("BATCH_SIZE", 101), ("LATENT_DIM", 10), ("SEED", -1)]
 IMPOSSIBLE += [("LEARNING_RATE", value) for value in ("fast", 0, float("nan"))] + [("RESUME", -1)]
 IMPOSSIBLE += [("LIMIT", value) for value in (31, -1, "all")]
 
@@ -195,13 +195,22 @@ def test_a_whole_run_leaves_what_is_promised_and_a_clean_notebook(executed):
     assert printed_by(cells["proof-run"]).count(": True\n") == 3
 
 
+def test_the_terminal_shows_each_epoch_and_what_was_saved_and_no_warning(executed):
+    lines = (executed[0] / "terminal.txt").read_text().splitlines()
+    epochs = [line for line in lines if re.match(r"Epoch \d+ of 2, [\d.]+ s: ", line)]
+    assert [line[:7] for line in epochs] == ["Epoch 1", "Epoch 2"]
+    assert any(line.startswith("Saved: ") for line in lines)
+    assert not [line for line in lines if re.search("warn|debugger", line, re.IGNORECASE)]
+    assert max(map(len, lines)) < 200, "an output that is for the notebook only"
+
+
 def test_the_weights_and_metrics_that_a_run_saves_are_those_it_shows(gan, executed):
     folder, notebook = executed
     generator = gan.Generator(TINY["LATENT_DIM"])
     generator.load_state_dict(torch.load(folder / "out/models/generator.pth"))
     saved = gan.read_checkpoint(folder / "out/models/checkpoint.pth")["averaged"]
     for name, weights in generator.named_parameters():
-        assert torch.equal(weights, saved[f"module.{name}"]), "not the averaged weights"
+        assert torch.equal(weights, saved[f"module.1.{name}"]), "not the averaged weights"
     metrics = json.loads((folder / "out/models/metrics.json").read_text())
     assert metrics["parameters"] == INJECTED
     cells = {cell.id: cell for cell in notebook.cells}

@@ -1,7 +1,7 @@
 """The scores: against their definitions, and against the cheats that they must catch."""
 
-import math
 import re
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -185,7 +185,7 @@ def test_the_evaluation_changes_no_training(small, tmp_path):
     undisturbed = run(small, TINY, tmp_path / "a")
     scope = run(small, TINY | {"EPOCHS": 1}, tmp_path / "b")
     game, rng = scope["gan"], torch.Generator()
-    tiny_evaluator(small).score(small.sample(game.averaged, torch.randn(64, 8)))
+    tiny_evaluator(small).score(small.sample(game.averaged, torch.randn(64, 12)))
     small.fresh_accuracy(game, random_images(100), random_images(40), rng, epochs=1)
     small.train_classifier(random_images(40), torch.zeros(40, dtype=torch.long), 0, epochs=1)
     small.write("1", game, scope["evaluator"].classifier, rng, tries=50)
@@ -193,13 +193,15 @@ def test_the_evaluation_changes_no_training(small, tmp_path):
     assert same(state(scope), state(undisturbed))
 
 
-def test_interpolation_keeps_to_the_great_circle(gan):
-    start, end = torch.tensor([3.0, 0, 0]), torch.tensor([0.0, 3, 0])
-    way = gan.interpolate(start, end, steps=4)
-    torch.testing.assert_close(way[[0, -1]], torch.stack([start, end]))
-    torch.testing.assert_close(way.norm(dim=1), torch.full((4,), 3.0))
-    angles = torch.atan2(way[:, 1], way[:, 0])
-    torch.testing.assert_close(angles, torch.linspace(0, math.pi / 2, 4))
+def test_interpolation_goes_from_one_vector_to_the_other_for_each_choice(gan):
+    start, end = torch.eye(42)[[20, 30]]
+    game, new_noise = SimpleNamespace(averaged=gan.Generator()), torch.stack([start, end])
+    scope = vars(gan) | {"device": CPU, "gan": game, "new_noise": new_noise}
+    rows = run_cell("interpolate-run", scope)["rows"].view(10, 20, 42)
+    for choice, row in enumerate(rows):
+        assert torch.equal(row[:, :10], torch.eye(10)[[choice] * 20])
+        torch.testing.assert_close(row[[0, -1], 10:], new_noise[:, 10:])
+        torch.testing.assert_close(row[:, 10:].norm(dim=1), torch.ones(20))
 
 
 def test_what_is_written_is_read_as_asked(gan, classifier, digits, monkeypatch):

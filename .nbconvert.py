@@ -1,0 +1,10 @@
+# How README's Run line executes the notebook: its prints also appear in the terminal, at once
+import os
+
+c = get_config()  # noqa: F821
+c.ExecutePreprocessor.extra_arguments = [
+    "--IPKernelApp.quiet=False",
+    "--IPKernelApp.log_level=ERROR",
+]
+c.ExecutePreprocessor.record_timing = False
+os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # or the kernel warns about frozen modules
