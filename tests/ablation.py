@@ -47,27 +47,17 @@ def relu_without_norm(gan):
     gan.perceptron = perceptron
 
 
-def at_start(gan, change):
-    """Let change(game) follow on every new_gan."""
+def no_average(gan):
+    """Let the generator stand for its average."""
     usual = gan.new_gan
 
     def new_gan(*arguments, **options):
         game = usual(*arguments, **options)
-        change(game)
-        return game
-
-    gan.new_gan = new_gan
-
-
-def no_average(gan):
-    """Let the generator stand for its average."""
-
-    def change(game):
         game.averaged = game.generator
         game.averaged.update_parameters = lambda generator: None
+        return game
 
-    at_start(gan, change)
-    gan.update_bn = lambda batches, averaged: None
+    gan.new_gan, gan.update_bn = new_gan, lambda batches, averaged: None
 
 
 def own_statistics(gan):

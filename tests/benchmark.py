@@ -24,6 +24,7 @@ def tutorial_loop(gan, digits, size):
     """Play all digits as most tutorials do: batches from a DataLoader, plain Adam, the generator
     run once for each player, the discriminator twice, and losses read in every step."""
     generator, discriminator = gan.Generator(), gan.Discriminator()
+    latent_dim = generator[0][0].in_features
     adam_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     adam_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     loss_of = nn.BCEWithLogitsLoss()
@@ -31,12 +32,12 @@ def tutorial_loop(gan, digits, size):
     for real, _ in DataLoader(digits, batch_size=size, shuffle=True):
         ones, zeros = torch.ones(len(real), 1), torch.zeros(len(real), 1)
         adam_d.zero_grad()
-        fake = generator(torch.randn(len(real), 42)).detach()
+        fake = generator(torch.randn(len(real), latent_dim)).detach()
         loss_d = loss_of(discriminator(real), ones) + loss_of(discriminator(fake), zeros)
         loss_d.backward()
         adam_d.step()
         adam_g.zero_grad()
-        loss_g = loss_of(discriminator(generator(torch.randn(len(real), 42))), ones)
+        loss_g = loss_of(discriminator(generator(torch.randn(len(real), latent_dim))), ones)
         loss_g.backward()
         adam_g.step()
         loss_d_sum += loss_d.item()
