@@ -71,7 +71,7 @@ def assert_ends_like(whole, gan, folder):
 MOMENTS = [  # in the call-th call of a function of what, and how many epochs are saved then
     ("gan", "bce", 5, 0),  # of 9 calls an epoch
     ("gan", "bce", 14, 1),
-    ("gan", "update_bn", 2, 1),
+    ("gan", "sample", 2, 1),
     ("gan", "save_image", 1, 0),
     ("gan", "save_image", 2, 1),
     ("os", "fsync", 2, 1),  # the second checkpoint is written, not yet in place
@@ -249,8 +249,8 @@ def test_other_parameters_are_refused_with_the_ways_out(gan, started):
         ("steps", "loss_g = generator", "fake = -fake\n            loss_g = generator", "play"),
         ("players", "LeakyReLU(0.2)", "LeakyReLU(0.1)", "generator"),
         ("networks", "nn.Tanh()", "nn.Hardtanh()", "generator"),
-        ("averages", "betas=(0.0, 0.99)", "betas=(0.5, 0.99)", "adam_g"),
-        ("averages", "9 / (10 + ", "4 / (5 + ", "average_weights"),
+        ("averages", "momentum=0.0", "momentum=0.5", "adam_g"),
+        ("averages", "29 / (30 + ", "9 / (10 + ", "average_weights"),
         ("digits", "len(items) // size * size", "len(items) // size * size - size", "batches"),
     ],
 )
@@ -294,14 +294,14 @@ def test_starting_anew_keeps_the_old_game_until_a_new_one_is_saved(gan, started,
     assert gan.read_checkpoint(started / LATEST)["made_by"]["SEED"] == 5
 
 
-@pytest.mark.parametrize("poisoned", ["bce", "update_bn"])  # the losses; the average alone
+@pytest.mark.parametrize("poisoned", ["bce", "average_weights"])  # the losses; the average alone
 def test_a_run_that_is_no_longer_finite_stops_at_that_epoch(gan, started, monkeypatch, poisoned):
     before = contents(started)
 
-    def poison(first, second):
+    def poison(first, *_):
         if poisoned == "bce":
             return first.mean() * float("nan")
-        next(second.parameters()).data.fill_(float("nan"))
+        first[0].fill_(float("nan"))
 
     monkeypatch.setattr(gan, poisoned, poison)
     with pytest.raises(FloatingPointError, match="^Epoch 3 .* LEARNING_RATE$"):

@@ -114,15 +114,12 @@ def test_averaged_generator_follows_slowly(gan):
     assert game.generator.training and all(map(math.isfinite, losses))
 
 
-def test_the_average_makes_images_with_statistics_of_its_own_and_each_by_itself(gan):
+def test_the_average_makes_each_image_by_itself(gan):
     game = new_game(gan, 5e-3)
     gan.train_epoch(game, random_images(960), 32, seed=0, epoch=1)
     noise = torch.randn(5000, 12, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        by_its_own_batch = deepcopy(game.averaged).train()(noise)
     before = deepcopy(game.averaged.state_dict())
     images = gan.sample(game.averaged, noise)
-    assert (images - by_its_own_batch).abs().mean() < 0.02
     torch.testing.assert_close(gan.sample(game.averaged, noise[:3]), images[:3])
     assert same(game.averaged.state_dict(), before), "looking at images changes the game"
 
@@ -136,12 +133,10 @@ def test_an_epoch_shows_every_image_once_and_a_remainder_waits(gan):
 
 
 def test_each_epoch_of_each_seed_has_its_own_random_numbers(gan, monkeypatch):
-    monkeypatch.setattr(gan, "update_bn", lambda *args: None)
     monkeypatch.setattr(gan, "play", lambda game, real, rng: rng.initial_seed())
 
     def draw(seed, epoch):
-        game = SimpleNamespace(latent_dim=1, averaged=None)
-        return gan.train_epoch(game, torch.zeros(2, 1), 1, seed, epoch)
+        return gan.train_epoch(None, torch.zeros(2, 1), 1, seed, epoch)
 
     pairs = [(seed, epoch) for seed in (0, 1, 2**32 - 1) for epoch in (1, 2, 3)]
     assert len({draw(*pair) for pair in pairs}) == len(pairs)
