@@ -23,6 +23,7 @@ import torchvision
 from conftest import CPU, ROOT, load_definitions, parameter_values, read_notebook
 from torch import nn
 from torch.nn.functional import pad, softplus
+from torch.optim.swa_utils import update_bn
 
 COLUMNS = {  # and how their figures are written
     "seconds an epoch": ".1f",
@@ -48,21 +49,59 @@ def relu_without_norm(gan):
 
 
 def no_average(gan):
-    """Let the generator stand for its average."""
+    """Let the average always be the present weights."""
+
+    def average_weights(means, weights, steps):
+        torch._foreach_copy_(means, weights)
+
+    gan.average_weights = average_weights
+
+
+def long_average(gan):
+    """Average over about the last tenth of all steps."""
+
+    def average_weights(means, weights, steps):
+        torch._foreach_lerp_(means, weights, 9 / (10 + steps.item()))
+
+    gan.average_weights = average_weights
+
+
+def own_statistics(gan):
+    """Measure the batch norm statistics of the average itself; usually it has the generator's."""
+    usual = gan.sample
+
+    def sample(averaged, noise):
+        update_bn(noise.split(128), averaged)
+        return usual(averaged, noise)
+
+    gan.sample = sample
+
+
+def short_memory(gan):
+    """Let both Adams have β2 = 0.99."""
     usual = gan.new_gan
 
     def new_gan(*arguments, **options):
         game = usual(*arguments, **options)
-        game.averaged = game.generator
-        game.averaged.update_parameters = lambda generator: None
+        for adam in (game.adam_d, game.adam_g):
+            adam.param_groups[0]["betas"] = (adam.defaults["betas"][0], 0.99)
         return game
 
-    gan.new_gan, gan.update_bn = new_gan, lambda batches, averaged: None
+    gan.new_gan = new_gan
 
 
-def own_statistics(gan):
-    """Leave the average with the generator's batch norm statistics: AveragedModel copies them."""
-    gan.update_bn = lambda batches, averaged: None
+def layer_norm(gan):
+    """Let the generator have layer norm instead of batch norm."""
+    usual = gan.perceptron
+
+    def perceptron(*sizes, norm=False):
+        layers = usual(*sizes, norm=norm)
+        for place, layer in enumerate(layers):
+            if isinstance(layer, nn.BatchNorm1d):
+                layers[place] = nn.LayerNorm(layer.num_features)
+        return layers
+
+    gan.perceptron = perceptron
 
 
 def choices(gan, count, size=2):
@@ -174,8 +213,8 @@ def relativistic(gan):
 
 EQUAL = {"ratio": 1}  # of the learning rates
 PLAIN = EQUAL | {"choice": False}
-LESS_MOMENTUM = PLAIN | {"betas": (0.5, 0.999)}
-ORIGINAL = PLAIN | {"size": 16, "rate": 2e-4, "betas": (0.9, 0.999)}
+LESS_MOMENTUM = PLAIN | {"momentum": 0.5}
+ORIGINAL = PLAIN | {"size": 16, "rate": 2e-4, "momentum": 0.9}
 ROWS = {  # name: (what differs from the default run's batch size and new_gan, changes of the code)
     "the original's: ReLU, no batch norm, momentum 0.9, batch 16, learning rate 2e-4": (
         ORIGINAL,
@@ -185,8 +224,7 @@ ROWS = {  # name: (what differs from the default run's batch size and new_gan, c
     "+ momentum 0.5": (ORIGINAL | LESS_MOMENTUM, [no_average]),
     "+ batch 128": ({"rate": 2e-4} | LESS_MOMENTUM, [no_average]),
     "+ learning rate 1e-3": (LESS_MOMENTUM, [no_average]),
-    "+ no momentum, β1 = 0 with β2 = 0.999": (PLAIN | {"betas": (0.0, 0.999)}, [no_average]),
-    "+ β2 = 0.99": (PLAIN, [no_average]),
+    "+ no momentum": (PLAIN, [no_average]),
     "+ a choice": (EQUAL, [no_average]),
     "+ D half as fast": ({}, [no_average]),
     "+ running average = **the default**": ({}, []),
@@ -196,10 +234,12 @@ ROWS = {  # name: (what differs from the default run's batch size and new_gan, c
     "default, a choice of 20": ({"latent_dim": 52}, [partial(choices, count=20)]),
     "default, a choice of 64": ({"latent_dim": 96}, [partial(choices, count=64)]),
     "default, a choice of size 5": ({}, [partial(choices, count=10, size=5)]),
-    "default, momentum 0.5": ({"betas": (0.5, 0.99)}, []),
-    "default, β2 = 0.999": ({"betas": (0.0, 0.999)}, []),
+    "default, momentum 0.5": ({"momentum": 0.5}, []),
+    "default, β2 = 0.99": ({}, [short_memory]),
     "default, no average": ({}, [no_average]),
-    "default, the average with the generator's batch norm statistics": ({}, [own_statistics]),
+    "default, an average over the last tenth of all steps": ({}, [long_average]),
+    "default, batch norm statistics of the average itself": ({}, [own_statistics]),
+    "default, layer norm in G": ({}, [layer_norm]),
     "default, batch 64": ({"size": 64}, []),
     "default, learning rate 5e-4": ({"rate": 5e-4}, []),
     "default, learning rate that decays linearly to 0": ({}, [decay]),

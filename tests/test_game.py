@@ -104,6 +104,11 @@ def test_the_balanced_small_game_finds_all_modes_and_the_collapsed_one_does_not(
     assert modes_found(gan, gan.small_game(axes[1], "collapsed", d_every=10)) <= 4
 
 
+def test_the_discriminator_learns_at_half_the_rate_of_the_generator(gan):
+    game = gan.new_gan(0, CPU, 12, rate=4e-4)
+    assert [adam.param_groups[0]["lr"] for adam in (game.adam_g, game.adam_d)] == [4e-4, 2e-4]
+
+
 def test_averaged_generator_follows_slowly(gan):
     game = new_game(gan)
     start = game.averaged.module[1][0][0].weight.clone()
