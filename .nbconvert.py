@@ -4,7 +4,7 @@ import os
 c = get_config()  # noqa: F821
 c.ExecutePreprocessor.extra_arguments = [
     "--IPKernelApp.quiet=False",
-    "--IPKernelApp.log_level=ERROR",
+    "--IPKernelApp.log_level=CRITICAL",  # not ERROR: shutting down interrupts an idle kernel
 ]
 c.ExecutePreprocessor.record_timing = False
 os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # or the kernel warns about frozen modules

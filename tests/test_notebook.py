@@ -200,7 +200,7 @@ def test_the_terminal_shows_each_epoch_and_what_was_saved_and_no_warning(execute
     epochs = [line for line in lines if re.match(r"Epoch \d+ of 2, [\d.]+ s: ", line)]
     assert [line[:7] for line in epochs] == ["Epoch 1", "Epoch 2"]
     assert any(line.startswith("Saved: ") for line in lines)
-    assert not [line for line in lines if re.search("warn|debugger", line, re.IGNORECASE)]
+    assert not [line for line in lines if re.search("warn|error|debugger", line, re.IGNORECASE)]
     assert max(map(len, lines)) < 200, "an output that is for the notebook only"
 
 
