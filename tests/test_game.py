@@ -188,11 +188,15 @@ def test_the_progress_shows_the_history(gan, monkeypatch, epochs):
     names = ["loss of D", "loss of G", "training and fake", "held-out and fake", "Fréchet distance"]
     history = [{name: len(name) / (epoch + 9) for name in names} for epoch in range(epochs)]
     history = [record | {"class distribution": [0.1] * 10} for record in history]
-    gan.plot_progress(history, torch.zeros(64, 1, 28, 28))
+    gan.plot_progress(history, torch.zeros(64, 1, 28, 28), floor=0.5)
     plt.gcf().canvas.draw()
     lines = {line.get_label(): line.get_ydata() for axis in plt.gcf().axes for line in axis.lines}
     for name in names:
         assert list(lines[name]) == [record[name] for record in history]
+    (distance,) = (axis for axis in plt.gcf().axes if axis.get_yscale() == "log")
+    assert distance.collections[0].get_segments()[0][:, 1].tolist() == [0.5, 0.5]
+    for axis in plt.gcf().axes[1:]:
+        assert all(tick == round(tick) for tick in axis.get_xticks()), "half an epoch"
 
 
 @pytest.mark.parametrize("epochs", [1, 20])
