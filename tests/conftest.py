@@ -176,7 +176,7 @@ def run(gan, parameters, folder):
     names that it leaves."""
     scope = vars(gan) | parameters | {"OUTPUT_DIR": str(folder), "device": CPU}
     scope |= {"images": random_images(parameters["LIMIT"]), "held_out": random_images(40, 1)}
-    scope |= {"evaluator": tiny_evaluator(gan), "noise": torch.zeros(64, parameters["LATENT_DIM"])}
+    scope |= {"evaluator": tiny_evaluator(gan), "reference": random_images(40, 3)}
     return run_cell("train-run", scope)
 
 
