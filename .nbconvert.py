@@ -8,3 +8,4 @@ c.ExecutePreprocessor.extra_arguments = [
 ]
 c.ExecutePreprocessor.record_timing = False
 os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # or the kernel warns about frozen modules
+os.environ.setdefault("PYTHONIOENCODING", ":backslashreplace")  # a terminal may know no accents
