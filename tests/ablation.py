@@ -1,11 +1,10 @@
 """What each part of the recipe is worth, and what other parts would be: a table by hand.
 
-`.venv/bin/python tests/ablation.py` plays all rows in about an hour on two cores, each game for 90
-seconds of one core; `tests/ablation.py dropout R1` plays those whose names hold one of these words.
-`--seconds 360` or `--epochs 25` plays longer games, `--seeds 5` more of each row (without it 3), as
-many at a time as there are cores. A row is the notebook's own code with something changed. A cell
-is the mean ± the standard deviation over the games; 10,000 samples of each are scored against the
-held-out digits, by the features of the notebook's two classifiers (the last column: the second).
+`.venv/bin/python tests/ablation.py` plays all rows in some hours, three games each, as many at a
+time as there are cores; `tests/ablation.py choice R1` those whose names hold one of these words.
+A row is the notebook's own code with something changed. A cell is the mean ± the standard deviation
+over the games; 10,000 samples of each are scored against the held-out digits, by the features of
+the notebook's two classifiers (first / second).
 """
 
 import argparse
@@ -22,17 +21,30 @@ import torch
 import torchvision
 from conftest import CPU, ROOT, load_definitions, parameter_values, read_notebook
 from torch import nn
-from torch.nn.functional import pad, softplus
 from torch.optim.swa_utils import update_bn
 
-COLUMNS = {  # and how their figures are written
-    "seconds an epoch": ".1f",
-    "Fréchet distance": ".2f",
-    "precision": ".3f",
-    "coverage": ".3f",
-    "confident": ".3f",
-    "Fréchet distance, second classifier": ".2f",
-}
+COLUMNS = {"Fréchet distance": ".2f", "precision": ".3f", "coverage": ".3f", "confident": ".3f"}
+COLUMNS["class deviation"] = ".3f"
+
+
+def average_over(gan, part):
+    """Average over about the last so-manieth part of all steps; 1: the present weights."""
+
+    def average_weights(means, weights, steps):
+        for mean, weight in zip(means, weights, strict=True):
+            mean.lerp_(weight, (part - 1) / (part + steps) if part > 1 else torch.tensor(1.0))
+
+    gan.average_weights = average_weights
+
+
+def widths(gan, generator=(256, 512, 512), discriminator=(1024, 256)):
+    """Let the hidden layers have these widths."""
+    usual = gan.perceptron
+
+    def perceptron(*sizes, norm=False):
+        return usual(sizes[0], *(generator if norm else discriminator), sizes[-1], norm=norm)
+
+    gan.perceptron = perceptron
 
 
 def relu_without_norm(gan):
@@ -48,22 +60,18 @@ def relu_without_norm(gan):
     gan.perceptron = perceptron
 
 
-def no_average(gan):
-    """Let the average always be the present weights."""
+def layer_norm(gan):
+    """Let the generator have layer norm instead of batch norm."""
+    usual = gan.perceptron
 
-    def average_weights(means, weights, steps):
-        torch._foreach_copy_(means, weights)
+    def perceptron(*sizes, norm=False):
+        layers = usual(*sizes, norm=norm)
+        for place, layer in enumerate(layers):
+            if isinstance(layer, nn.BatchNorm1d):
+                layers[place] = nn.LayerNorm(layer.num_features)
+        return layers
 
-    gan.average_weights = average_weights
-
-
-def long_average(gan):
-    """Average over about the last tenth of all steps."""
-
-    def average_weights(means, weights, steps):
-        torch._foreach_lerp_(means, weights, 9 / (10 + steps.item()))
-
-    gan.average_weights = average_weights
+    gan.perceptron = perceptron
 
 
 def own_statistics(gan):
@@ -90,99 +98,26 @@ def short_memory(gan):
     gan.new_gan = new_gan
 
 
-def layer_norm(gan):
-    """Let the generator have layer norm instead of batch norm."""
-    usual = gan.perceptron
-
-    def perceptron(*sizes, norm=False):
-        layers = usual(*sizes, norm=norm)
-        for place, layer in enumerate(layers):
-            if isinstance(layer, nn.BatchNorm1d):
-                layers[place] = nn.LayerNorm(layer.num_features)
-        return layers
-
-    gan.perceptron = perceptron
-
-
-def choices(gan, count, size=2):
-    """Let the choice be one of so many, and as large as size."""
+def choices(gan, count):
+    """Let the choice be one of so many."""
 
     class Choice(nn.Module):
         def forward(self, noise):
             chosen = nn.functional.one_hot(noise[:, :count].argmax(1), count)
-            return torch.cat([size * chosen, noise[:, count:]], 1)
+            return torch.cat([2 * chosen, noise[:, count:]], 1)
 
     gan.Choice = Choice
 
 
-def decay(gan):
-    """Let both learning rates fall to 0 at the end of the game, in a straight line."""
-    usual = gan.discriminator_step
-
-    def discriminator_step(game, *arguments):
-        for adam in (game.adam_d, game.adam_g):
-            adam.param_groups[0]["lr"] = adam.defaults["lr"] * (1 - gan.played())
-        return usual(game, *arguments)
-
-    gan.discriminator_step = discriminator_step
-
-
-class MinibatchDeviation(nn.Module):
-    """Append the mean deviation of the features in each group of images (Karras et al., 2018)."""
-
-    def __init__(self, group):
-        super().__init__()
-        self.group = group
-
-    def forward(self, features):
-        deviations = features.view(-1, self.group, features.shape[1]).std(1).mean(1, keepdim=True)
-        return torch.cat([features, deviations.repeat_interleave(self.group, 0)], 1)
-
-
-def discriminator(gan, widths=(512, 256), dropout=0, group=0):
-    """Let the discriminator be a perceptron of this form."""
-
-    def make():
-        *hidden, last = gan.perceptron(784, *widths, 1)
-        if dropout:
-            hidden[1::2] = [nn.Sequential(each, nn.Dropout(dropout)) for each in hidden[1::2]]
-        if group:
-            hidden, last = [*hidden, MinibatchDeviation(group)], nn.Linear(widths[-1] + 1, 1)
-        return nn.Sequential(nn.Flatten(), *hidden, last)
-
-    gan.Discriminator = make
-
-
-def shift(images, most=2):
-    """Move each of images (N, 1, 28, 28) by up to so many pixels each way."""
-    down, right = torch.randint(2 * most + 1, (2, len(images), 1)) + torch.arange(28)
-    each = torch.arange(len(images))[:, None, None]
-    return pad(images, [most] * 4, value=-1)[each, 0, down[:, :, None], right[:, None, :]][:, None]
-
-
-def shifts(gan):
-    """Let the discriminator see shifted images only (Zhao et al., 2020)."""
-
-    class Discriminator(gan.Discriminator):
-        def forward(self, images):
-            return super().forward(shift(images))
-
-    gan.Discriminator = Discriminator
-
-
-def penalty(logits, images):
-    """Half the mean squared gradient of logits by images: R1 or R2 (Mescheder et al., 2018)."""
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return gradient.flatten(1).square().sum(1).mean() / 2
-
-
-def r1(gan, weight=1, every=1):
-    """Add R1 to the discriminator's loss, or every so many steps so many times as much."""
+def r1(gan, every=8):
+    """Add R1, half the mean squared slope of D on real images (Mescheder et al., 2018), to D's loss
+    in every so-manieth step, so many times as much."""
     usual, steps = gan.discriminator_step, itertools.count()
 
     def discriminator_step(game, real, fake, loss):
         def penalised(on_real, on_fake):
-            return loss(on_real, on_fake) + weight * every * penalty(on_real, real)
+            (slope,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
+            return loss(on_real, on_fake) + every * slope.flatten(1).square().sum(1).mean() / 2
 
         if next(steps) % every:
             return usual(game, real, fake, loss)
@@ -191,108 +126,47 @@ def r1(gan, weight=1, every=1):
     gan.discriminator_step = discriminator_step
 
 
-def relativistic(gan):
-    """Play the relativistic game with R1 and R2 (Jolicoeur-Martineau, 2019; Huang et al., 2024)."""
-    step_d, step_g, batch = gan.discriminator_step, gan.generator_step, {}
-
-    def discriminator_step(game, real, fake, _):
-        batch["real"], images = real, torch.cat([real, fake.detach()]).requires_grad_()
-
-        def loss(logits, _):
-            on_real, on_fake = logits.chunk(2)
-            return softplus(on_fake - on_real).mean() + 2 * penalty(logits, images)
-
-        return step_d(game, images, fake[:0], loss)
-
-    def generator_step(game, fake, _):
-        on_real = game.discriminator(batch["real"])
-        return step_g(game, fake, lambda on_fake: softplus(on_real - on_fake).mean())
-
-    gan.discriminator_step, gan.generator_step = discriminator_step, generator_step
-
-
 EQUAL = {"ratio": 1}  # of the learning rates
-PLAIN = EQUAL | {"choice": False}
-LESS_MOMENTUM = PLAIN | {"momentum": 0.5}
-ORIGINAL = PLAIN | {"size": 16, "rate": 2e-4, "momentum": 0.9}
+ORIGINAL = EQUAL | {"choice": False, "size": 16, "rate": 2e-4, "momentum": 0.9}
 ROWS = {  # name: (what differs from the default run's batch size and new_gan, changes of the code)
-    "the original's: ReLU, no batch norm, momentum 0.9, batch 16, learning rate 2e-4": (
+    "all of it": ({}, []),
+    "no choice": ({"choice": False}, []),
+    "D as fast as G": (EQUAL, []),
+    "momentum 0.5": ({"momentum": 0.5}, []),
+    "no running average": ({}, [partial(average_over, part=1)]),
+    "G 256-256-512": ({}, [partial(widths, generator=(256, 256, 512))]),
+    "D 512-256": ({}, [partial(widths, discriminator=(512, 256))]),
+    "G 256-512-1024, D 512-256": ({}, [partial(widths, (256, 512, 1024), (512, 256))]),
+    "β2 = 0.99": ({}, [short_memory]),
+    "the average over the last tenth of all steps": ({}, [partial(average_over, part=10)]),
+    "batch norm statistics of the average itself": ({}, [own_statistics]),
+    "D a quarter as fast as G": ({"ratio": 1 / 4}, []),
+    "R1 in every eighth step": ({}, [r1]),
+    "a choice of 20": ({"latent_dim": 52}, [partial(choices, count=20)]),
+    "layer norm in G": ({}, [layer_norm]),
+    "the original's recipe": (
         ORIGINAL,
-        [relu_without_norm, no_average],
+        [partial(widths, generator=(256, 512, 1024), discriminator=(512, 256))]
+        + [relu_without_norm, partial(average_over, part=1)],
     ),
-    "+ LeakyReLU, batch norm in G": (ORIGINAL, [no_average]),
-    "+ momentum 0.5": (ORIGINAL | LESS_MOMENTUM, [no_average]),
-    "+ batch 128": ({"rate": 2e-4} | LESS_MOMENTUM, [no_average]),
-    "+ learning rate 1e-3": (LESS_MOMENTUM, [no_average]),
-    "+ no momentum": (PLAIN, [no_average]),
-    "+ a choice": (EQUAL, [no_average]),
-    "+ D half as fast": ({}, [no_average]),
-    "+ running average = **the default**": ({}, []),
-    "default, no choice": ({"choice": False}, []),
-    "default, no choice, 100 noise numbers": ({"choice": False, "latent_dim": 100}, []),
-    "default, a choice beside 100 noise numbers": ({"latent_dim": 110}, []),
-    "default, a choice of 20": ({"latent_dim": 52}, [partial(choices, count=20)]),
-    "default, a choice of 64": ({"latent_dim": 96}, [partial(choices, count=64)]),
-    "default, a choice of size 5": ({}, [partial(choices, count=10, size=5)]),
-    "default, momentum 0.5": ({"momentum": 0.5}, []),
-    "default, β2 = 0.99": ({}, [short_memory]),
-    "default, no average": ({}, [no_average]),
-    "default, an average over the last tenth of all steps": ({}, [long_average]),
-    "default, batch norm statistics of the average itself": ({}, [own_statistics]),
-    "default, layer norm in G": ({}, [layer_norm]),
-    "default, batch 64": ({"size": 64}, []),
-    "default, learning rate 5e-4": ({"rate": 5e-4}, []),
-    "default, learning rate that decays linearly to 0": ({}, [decay]),
-    "default, D twice as wide": ({}, [partial(discriminator, widths=(1024, 512))]),
-    "default, dropout 0.3 in D": ({}, [partial(discriminator, dropout=0.3)]),
-    "default, shifts of up to 2 pixels": ({}, [shifts]),
-    "default, R1 on every 8th step times 8, γ = 1": ({}, [partial(r1, every=8)]),
-    "default, R1 on every 8th step times 8, γ = 0.1": ({}, [partial(r1, weight=0.1, every=8)]),
-    "default, D as fast as G": (EQUAL, []),
-    "default, D a quarter as fast as G": ({"ratio": 1 / 4}, []),
-    "default, relativistic loss with R1 and R2": ({}, [relativistic]),
-    "default, minibatch deviation of 16 images": ({}, [partial(discriminator, group=16)]),
 }
 
 
-def play(name, seed, seconds, epochs):
-    """Play a game of the row, so many epochs or, if that is None, seconds; return its figures."""
+def play(name, seed, epochs):
+    """Play a game of the row; return its seconds of one core and its scores by both classifiers."""
     gan, (options, changes) = load_definitions(), ROWS[name]
     for change in changes:
         change(gan)
     (images, evaluators), values = load(), parameter_values(read_notebook())
     names = {"size": "BATCH_SIZE", "latent_dim": "LATENT_DIM", "rate": "LEARNING_RATE"}
     options = {option: values[name] for option, name in names.items()} | options
-    size = options.pop("size")
-    game, batches = gan.new_gan(seed, CPU, **options), gan.batches
-    steps, began = 0, time.process_time()
-
-    def played_epochs():
-        return steps / (len(images) // size)
-
-    def played():
-        return played_epochs() / epochs if epochs else (time.process_time() - began) / seconds
-
-    def batches_in_time(*arguments):
-        nonlocal steps
-        for batch in batches(*arguments):
-            yield batch
-            steps += 1
-            if played() >= 1:
-                return
-
-    gan.batches, gan.played = batches_in_time, lambda: min(1, played())
-    for epoch in itertools.count(1):
+    size, began = options.pop("size"), time.process_time()
+    game = gan.with_average(gan.new_gan(seed, CPU, **options))
+    for epoch in range(1, epochs + 1):
         gan.train_epoch(game, images, size, seed, epoch)
-        if played() >= 1:
-            break
-    spent = time.process_time() - began
-    noise = torch.randn(10_000, game.latent_dim, generator=torch.manual_seed(seed + 1))
-    first, second = (each.score(gan.sample(game.averaged, noise)) for each in evaluators)
-    return first | {
-        "seconds an epoch": spent / played_epochs(),
-        "Fréchet distance, second classifier": second["Fréchet distance"],
-    }
+    seconds = time.process_time() - began
+    fake = gan.sample(game.averaged, game.noise(10_000, torch.manual_seed(seed + 1)))
+    return seconds, [evaluator.score(fake) for evaluator in evaluators]
 
 
 @cache
@@ -316,28 +190,24 @@ def cell(values, form):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, default=90)
-    length.add_argument("--epochs", type=int)
+    parser.add_argument("--epochs", type=int, default=parameter_values(read_notebook())["EPOCHS"])
     parser.add_argument("--seeds", type=int, default=3)
     chosen = parser.parse_args()
     names = [name for name in ROWS if any(word in name for word in chosen.words or [""])]
     load()  # before the processes fork, so that they have it, too
-    print("| recipe |", " | ".join(COLUMNS), "|")
-    print("| --- |", " | ".join(["---:"] * len(COLUMNS)), "|", flush=True)
+    print("| recipe | seconds |", " | ".join(COLUMNS), "|")
+    print("| --- | ---:", "| ---: " * len(COLUMNS), "|", flush=True)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         games = {
-            name: [
-                pool.submit(play, name, seed, chosen.seconds, chosen.epochs)
-                for seed in range(chosen.seeds)
-            ]
+            name: [pool.submit(play, name, seed, chosen.epochs) for seed in range(chosen.seeds)]
             for name in names
         }
         for name, futures in games.items():
-            figures = [future.result() for future in futures]
-            cells = [
-                cell([each[column] for each in figures], COLUMNS[column]) for column in COLUMNS
-            ]
+            seconds, scores = zip(*(future.result() for future in futures), strict=True)
+            cells = [cell(seconds, ".0f")]
+            for column, form in COLUMNS.items():
+                both = ([judged[k][column] for judged in scores] for k in (0, 1))
+                cells.append(" / ".join(cell(values, form) for values in both))
             print("|", name, "|", " | ".join(cells), "|", flush=True)
 
 

@@ -24,7 +24,7 @@ def tutorial_loop(gan, digits, size):
     """Play all digits as most tutorials do: batches from a DataLoader, plain Adam, the generator
     run once for each player, the discriminator twice, and losses read in every step."""
     generator, discriminator = gan.Generator(), gan.Discriminator()
-    latent_dim = generator[0][0].in_features
+    latent_dim = generator[1][0].in_features
     adam_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     adam_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     loss_of = nn.BCEWithLogitsLoss()
@@ -90,7 +90,7 @@ def main():
     mnist = torchvision.datasets.MNIST(ROOT / "data", transform=scaling, download=True)
     digits, images = Subset(mnist, range(PART)), mnist.data[:, None] / 127.5 - 1
     rng = torch.Generator().manual_seed(0)
-    game = gan.new_gan(0, CPU, values["LATENT_DIM"], values["LEARNING_RATE"])
+    game = gan.with_average(gan.new_gan(0, CPU, values["LATENT_DIM"], values["LEARNING_RATE"]))
 
     def notebook_loop():
         gan.play(game, gan.batches(images, size, rng), rng)

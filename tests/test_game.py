@@ -1,8 +1,7 @@
-"""The losses, the networks, the steps and the loop."""
+"""The losses, the networks, the steps and the loop; the pictures of a game."""
 
 import math
 from copy import deepcopy
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,17 +27,22 @@ def test_noise_becomes_images_in_range_and_images_logits_that_leave_0_to_1(gan):
     assert gan.Generator(17)(torch.randn(2, 17)).shape == (2, 1, 28, 28)
     logits = gan.Discriminator()(torch.randn(64, 1, 28, 28) * 20)
     assert logits.shape == (64, 1) and (logits.min() < 0 or logits.max() > 1)
+    wide = [layer for layer in gan.perceptron(9, 8, 7, norm=True) if hasattr(layer, "num_features")]
+    assert [layer.num_features for layer in wide] == [8], "batch norm after the last layer"
 
 
-def test_a_choice_is_one_of_ten_alike_and_leaves_the_other_numbers(gan):
+def test_a_choice_is_one_of_ten_alike_and_can_be_left_out(gan):
     noise = torch.randn(10_000, 12, generator=torch.Generator().manual_seed(0))
     chosen = gan.Choice()(noise)
     assert torch.equal(chosen[:, 10:], noise[:, 10:])
     assert chosen[:, :10].unique().tolist() == [0, 2] and (chosen[:, :10].sum(1) == 2).all()
     assert torch.equal(chosen[:, :10].argmax(1), noise[:, :10].argmax(1))
     assert ((chosen[:, :10] > 0).float().mean(0) - 0.1).abs().max() < 0.015
-    rows = torch.cat([torch.eye(10), torch.zeros(10, 2)], 1)  # so is a choice asked for
-    assert torch.equal(gan.Choice()(rows)[:, :10], 2 * torch.eye(10))
+    generator, plain = gan.Generator(12), gan.Generator(12, choice=False)
+    plain.load_state_dict(generator.state_dict())
+    images = gan.sample(generator, noise[:9])
+    torch.testing.assert_close(gan.sample(plain, chosen[:9]), images)
+    assert not torch.equal(gan.sample(plain, noise[:9]), images)
 
 
 def test_discriminator_step_moves_only_the_discriminator_and_lowers_its_loss(gan):
@@ -72,8 +76,7 @@ def test_generator_step_moves_only_the_generator_and_lowers_its_loss(gan):
 
 
 def test_each_player_moves_as_often_as_asked_and_the_mean_losses_are_returned(gan, monkeypatch):
-    moves, batch = [], torch.zeros(4, 2)
-    values = iter(range(100))
+    moves, batch, values = [], torch.zeros(4, 2), iter(range(100))
     for name in ("discriminator_step", "generator_step"):
 
         def step(*args, name=name):
@@ -88,50 +91,50 @@ def test_each_player_moves_as_often_as_asked_and_the_mean_losses_are_returned(ga
     assert "".join(moves) == "dgdgdg" + "dggdgg" + "dgdddg"
 
 
-def modes_found(gan, game):
-    """How many of the eight modes hold at least 1 % of 2,000 fake points, within 3 deviations."""
-    angles = torch.arange(8) * torch.pi / 4
-    centres = 2 * torch.stack([angles.cos(), angles.sin()], 1)
-    noise = torch.randn(2000, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        near = torch.cdist(game.generator(noise), centres) < 0.45
-    return (near.float().mean(0) >= 0.01).sum().item()
+def test_the_balanced_game_finds_all_clouds_and_the_collapsed_one_does_not(gan):
+    angles, found = torch.arange(8) * torch.pi / 4, []
+    clouds = 2 * torch.stack([angles.cos(), angles.sin()], 1)
+    for options in ({}, {"d_every": 10}):
+        game, pictures = gan.play_in_plane("", (10, 1000), **options)
+        near = torch.cdist(game.generator(game.noise(2000, torch.Generator())), clouds) < 0.45
+        found.append((near.float().mean(0) >= 0.01).sum().item())
+        assert len(pictures) == 2 and (pictures[0] != pictures[1]).any()
+    assert found[0] == 8 and found[1] <= 4
+    assert game.adam_g.defaults["betas"] == (0, 0.999)
 
 
-def test_the_balanced_small_game_finds_all_modes_and_the_collapsed_one_does_not(gan):
-    _, axes = plt.subplots(2, 4)
-    assert modes_found(gan, gan.small_game(axes[0], "balanced")) == 8
-    assert modes_found(gan, gan.small_game(axes[1], "collapsed", d_every=10)) <= 4
-
-
-def test_the_discriminator_learns_at_half_the_rate_of_the_generator(gan):
+def test_a_game_for_digits_has_the_settings_of_the_recipe(gan):
     game = gan.new_gan(0, CPU, 12, rate=4e-4)
-    assert [adam.param_groups[0]["lr"] for adam in (game.adam_g, game.adam_d)] == [4e-4, 2e-4]
+    for adam, rate in ((game.adam_g, 4e-4), (game.adam_d, 2e-4)):
+        assert adam.param_groups[0]["lr"] == rate and adam.defaults["betas"] == (0, 0.999)
+    assert isinstance(game.generator[0], gan.Choice) and game.latent_dim == 12
+    game = gan.new_gan(0, CPU, 12, 4e-4, 0.5, False, 1)
+    assert game.adam_d.param_groups[0]["lr"] == 4e-4 and game.adam_d.defaults["betas"][0] == 0.5
+    assert not isinstance(game.generator[0], gan.Choice)
+    defaults = gan.new_gan(1, CPU, 12)
+    assert defaults.adam_g.defaults["lr"] == 1e-3
+    assert not same(game.generator.state_dict(), defaults.generator.state_dict()), "one seed"
 
 
-def test_averaged_generator_follows_slowly(gan):
-    game = new_game(gan)
-    start = game.averaged.module[1][0][0].weight.clone()
-    losses = gan.train_epoch(game, random_images(96), 32, seed=0, epoch=1)
-    follower, leader = game.averaged.module[1][0][0].weight, game.generator[1][0][0].weight
-    assert 0 < (follower - start).norm() < (leader - start).norm()
-    assert (leader - follower).norm() < (leader - start).norm() / 2, "it starts too slowly"
-    assert game.generator.training and all(map(math.isfinite, losses))
-
-
-def test_the_average_makes_each_image_by_itself(gan):
+def test_the_average_follows_slowly_and_its_images_stand_alone(gan):
     game = new_game(gan, 5e-3)
-    gan.train_epoch(game, random_images(960), 32, seed=0, epoch=1)
-    noise = torch.randn(5000, 12, generator=torch.Generator().manual_seed(1))
-    before = deepcopy(game.averaged.state_dict())
+    start = game.averaged.module[1][0].weight.clone()
+    losses = gan.train_epoch(game, random_images(960), 32, seed=0, epoch=1)
+    assert all(map(math.isfinite, losses)) and game.averaged.n_averaged == 30
+    follower, leader = game.averaged.module[1][0].weight, game.generator[1][0].weight
+    assert 0 < (leader - follower).norm() < (leader - start).norm() / 2
+    before, noise = deepcopy(game.averaged.state_dict()), torch.randn(5000, 12)
     images = gan.sample(game.averaged, noise)
     torch.testing.assert_close(gan.sample(game.averaged, noise[:3]), images[:3])
     assert same(game.averaged.state_dict(), before), "looking at images changes the game"
+    assert game.averaged.training and not images.requires_grad
+    means, weights = [torch.zeros(2)], [torch.ones(2)]
+    gan.average_weights(means, weights, torch.tensor(28))
+    assert means[0].tolist() == pytest.approx([0.5, 0.5])  # 29 / 58
 
 
 def test_an_epoch_shows_every_image_once_and_a_remainder_waits(gan):
-    items = torch.arange(100)
-    seen = list(gan.batches(items, 32, torch.Generator()))
+    seen = list(gan.batches(torch.arange(100), 32, torch.Generator()))
     assert [len(batch) for batch in seen] == [32, 32, 32]
     assert len(torch.cat(seen).unique()) == 96
     assert not torch.equal(torch.cat(seen), torch.cat(seen).sort().values)
@@ -146,76 +149,81 @@ def test_each_epoch_of_each_seed_has_its_own_random_numbers(gan, monkeypatch):
     pairs = [(seed, epoch) for seed in (0, 1, 2**32 - 1) for epoch in (1, 2, 3)]
     assert len({draw(*pair) for pair in pairs}) == len(pairs)
     assert all(draw(*pair) == draw(*pair) for pair in pairs)
-    first, other = (gan.new_gan(seed, CPU, 12).generator.state_dict() for seed in (0, 1))
-    assert not same(first, other)
 
 
-def test_training_writes_comparable_grids_and_a_record_an_epoch(small, tmp_path):
+def test_training_writes_comparable_grids_records_and_the_final_weights(small, tmp_path, capsys):
     scope = run(small, TINY | {"EPOCHS": 1}, tmp_path)
     scope = run(small, TINY, tmp_path)  # goes on, with three steps an epoch
-    assert scope["gan"].averaged.n_averaged == 6
+    game, rng = scope["gan"], torch.Generator().manual_seed(TINY["SEED"])
+    assert game.averaged.n_averaged == 6
     grids = [plt.imread(tmp_path / f"gan_images/epoch_00{k}.png") for k in (1, 2)]
-    assert [record.keys() for record in scope["history"]] == [scope["history"][0].keys()] * 2
-    for record in scope["history"]:
-        assert sum(record.pop("class distribution")) == pytest.approx(1)
-        assert all(map(math.isfinite, record.values()))
-    rng = torch.Generator().manual_seed(TINY["SEED"])
-    digits = small.sample(scope["gan"].averaged, torch.randn(2000, 12, generator=rng))
+    digits = small.sample(game.averaged, torch.randn(2000, 12, generator=rng))
     shown = grids[1][32:60, 32:60, 0]  # second row, second column of 30 pixels each
-    expected = (digits[9, 0].numpy() + 1) / 2
-    assert np.abs(shown - expected).max() <= 1 / 255, "not on the fixed grey scale"
+    assert np.abs(shown - (digits[9, 0].numpy() + 1) / 2).max() <= 1 / 255, "not one grey scale"
     assert grids[0].shape == grids[1].shape == (242, 242, 3) and (grids[0] != grids[1]).any()
-
-
-@pytest.mark.parametrize("seen", [10, 3])
-def test_the_line_of_an_epoch_counts_epochs_and_classes(small, tmp_path, capsys, monkeypatch, seen):
-    shares = [1 - 0.02 * (seen - 1)] + [0.02] * (seen - 1) + [0.0] * (10 - seen)
-    scores = {"Fréchet distance": 1.0, "class distribution": shares}
-    evaluator = SimpleNamespace(score=lambda fake, neighbours: dict(scores))
-    clock = iter((0, 30) * 2)
-    monkeypatch.setattr(small.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr("conftest.tiny_evaluator", lambda gan: evaluator)
-    run(small, TINY, tmp_path)
-    printed = capsys.readouterr().out
-    for epoch, left in ((1, 0.5), (2, 0.0)):
-        line = f"Epoch {epoch} of 2, 30.0 s: {seen} of 10 classes, {left} min left"
-        assert printed.count(line) == 1
+    for record in scope["history"]:
+        assert all(map(math.isfinite, record.values()))
+    judge = scope["evaluator"]
+    distance = small.frechet_distance(judge.real, judge.read(digits)[0])
+    assert scope["history"][1]["Fréchet distance"] == pytest.approx(distance)
+    assert f"distance {distance:.2f}, 0.0 min left" in capsys.readouterr().out
+    generator, discriminator = small.Generator(12), small.Discriminator()
+    generator.load_state_dict(torch.load(tmp_path / "models/generator.pth"))
+    discriminator.load_state_dict(torch.load(tmp_path / "models/discriminator.pth"))
+    torch.testing.assert_close(
+        small.sample(generator, torch.ones(1, 12)), small.sample(game.averaged, torch.ones(1, 12))
+    )
+    assert same(discriminator.state_dict(), game.discriminator.state_dict())
 
 
 @pytest.mark.parametrize("epochs", [1, 9])
 def test_the_progress_shows_the_history(gan, monkeypatch, epochs):
     monkeypatch.setattr(plt, "show", lambda: None)
-    names = ["loss of D", "loss of G", "training and fake", "held-out and fake", "Fréchet distance"]
-    history = [{name: len(name) / (epoch + 9) for name in names} for epoch in range(epochs)]
-    history = [record | {"class distribution": [0.1] * 10} for record in history]
-    gan.plot_progress(history, torch.zeros(64, 1, 28, 28), floor=0.5)
+    levels = {"loss of D": math.log(4), "loss of G": math.log(2), "Fréchet distance": 0}
+    history = [{name: len(name) / (epoch + 9) for name in levels} for epoch in range(epochs)]
+    gan.plot_progress(history, torch.zeros(20, 1, 28, 28), floor=0.5)
     plt.gcf().canvas.draw()
-    lines = {line.get_label(): line.get_ydata() for axis in plt.gcf().axes for line in axis.lines}
-    for name in names:
-        assert list(lines[name]) == [record[name] for record in history]
-    (distance,) = (axis for axis in plt.gcf().axes if axis.get_yscale() == "log")
-    assert distance.collections[0].get_segments()[0][:, 1].tolist() == [0.5, 0.5]
-    for axis in plt.gcf().axes[1:]:
+    lines = {line.get_label()[:9]: line.get_ydata() for a in plt.gcf().axes for line in a.lines}
+    for name, level in levels.items():
+        expected = [record[name] - level for record in history]
+        assert list(lines[name[:9]]) == pytest.approx(expected, abs=1e-3)
+    assert list(lines["real digi"]) == [0.5, 0.5]
+    for axis in plt.gcf().axes:
         assert all(tick == round(tick) for tick in axis.get_xticks()), "half an epoch"
 
 
-@pytest.mark.parametrize("epochs", [1, 20])
-def test_film_and_animation_show_the_epochs_in_order_and_rest_on_the_last(gan, tmp_path, epochs):
-    paths = [tmp_path / f"epoch_{epoch:03d}.png" for epoch in range(1, epochs + 1)]
-    for epoch, path in enumerate(paths, 1):
-        Image.new("RGB", (242, 242), (10 * epoch,) * 3).save(path)
-    gan.plot_film(paths)
-    (axis,) = plt.gcf().axes
-    rows = [int(label.get_text()) for label in axis.get_yticklabels()]
-    assert rows == sorted(set(rows)) and rows[0] == 1 and rows[-1] == epochs
-    assert len(rows) == 1 if epochs == 1 else 6 <= len(rows) <= 8
-    for epoch, place in zip(rows, axis.get_yticks(), strict=True):
-        shown = axis.images[0].get_array()[int(place)].max()
-        assert shown == pytest.approx(10 * epoch / 255, abs=1 / 255)
-    gan.save_animation(paths, tmp_path / "progress.gif")
-    with Image.open(tmp_path / "progress.gif") as film:
-        assert film.n_frames == epochs and film.info.get("loop", 0) == 0
-        for epoch in range(1, epochs + 1):
-            film.seek(epoch - 1)
-            assert film.convert("L").getpixel((99, 99)) == pytest.approx(10 * epoch, abs=2)
-            assert film.info["duration"] == (250 if epoch < epochs else 4000)
+def shown_by(gan, monkeypatch, *pictures):
+    """What show() hands to the notebook, read back."""
+    shown = []
+    monkeypatch.setattr(gan, "display", lambda image: shown.append(image.data))
+    gan.show(*pictures)
+    (png,) = shown
+    return Image.open(gan.io.BytesIO(png))
+
+
+def test_digits_are_drawn_pixel_by_pixel_in_their_places(gan, monkeypatch):
+    images = random_images(6)
+    picture = gan.grid(images, columns=3, zoom=3)
+    assert picture.shape == (2 * 90 + 6, 3 * 90 + 6)
+    place = picture[96 : 96 + 84, 186 : 186 + 84]  # the last of the second row
+    expected = ((images[5, 0] + 1) * 127.5).round().numpy().repeat(3, 0).repeat(3, 1)
+    assert np.abs(place.astype(int) - expected).max() <= 1
+    labelled = gan.grid(images, columns=3, zoom=3, labels=["first", "second"])
+    assert np.array_equal(labelled[:, -picture.shape[1] :], picture)
+    margin = labelled[:, : -picture.shape[1]]
+    assert margin.max() == 255 and margin[:90].min() == margin[90:].min() == 0, "no label"
+    black = shown_by(gan, monkeypatch, np.where(picture > 99, 255, 0).astype(np.uint8))
+    assert np.array_equal(np.asarray(black.convert("L")) > 99, picture > 99)
+
+
+def test_a_film_shows_its_pictures_in_order_and_rests_on_the_last(gan, monkeypatch):
+    stripes = np.repeat(np.arange(0, 250, 50, dtype=np.uint8), 8)  # five greys, all in each
+    pictures = [np.tile(np.roll(stripes, -8 * k)[:, None], (30, 1, 3)) for k in range(5)]
+    film = shown_by(gan, monkeypatch, *pictures)
+    assert film.default_image and film.info["loop"] == 0
+    colours = []
+    for frame in range(film.n_frames):  # the first is what is seen where no film can be shown
+        film.seek(frame)
+        colours.append(film.convert("RGB").getpixel((0, 2))[0])
+    assert film.info["duration"] == 3000
+    assert colours == pytest.approx([200, 0, 50, 100, 150, 200], abs=4)
