@@ -21,7 +21,6 @@ import torch
 import torchvision
 from conftest import CPU, ROOT, load_definitions, parameter_values, read_notebook
 from torch import nn
-from torch.optim.swa_utils import update_bn
 
 COLUMNS = {"Fréchet distance": ".2f", "precision": ".3f", "coverage": ".3f", "confident": ".3f"}
 COLUMNS["class deviation"] = ".3f"
@@ -74,30 +73,6 @@ def layer_norm(gan):
     gan.perceptron = perceptron
 
 
-def own_statistics(gan):
-    """Measure the batch norm statistics of the average itself; usually it has the generator's."""
-    usual = gan.sample
-
-    def sample(averaged, noise):
-        update_bn(noise.split(128), averaged)
-        return usual(averaged, noise)
-
-    gan.sample = sample
-
-
-def short_memory(gan):
-    """Let both Adams have β2 = 0.99."""
-    usual = gan.new_gan
-
-    def new_gan(*arguments, **options):
-        game = usual(*arguments, **options)
-        for adam in (game.adam_d, game.adam_g):
-            adam.param_groups[0]["betas"] = (adam.defaults["betas"][0], 0.99)
-        return game
-
-    gan.new_gan = new_gan
-
-
 def choices(gan, count):
     """Let the choice be one of so many."""
 
@@ -137,9 +112,7 @@ ROWS = {  # name: (what differs from the default run's batch size and new_gan, c
     "G 256-256-512": ({}, [partial(widths, generator=(256, 256, 512))]),
     "D 512-256": ({}, [partial(widths, discriminator=(512, 256))]),
     "G 256-512-1024, D 512-256": ({}, [partial(widths, (256, 512, 1024), (512, 256))]),
-    "β2 = 0.99": ({}, [short_memory]),
     "the average over the last tenth of all steps": ({}, [partial(average_over, part=10)]),
-    "batch norm statistics of the average itself": ({}, [own_statistics]),
     "D a quarter as fast as G": ({"ratio": 1 / 4}, []),
     "R1 in every eighth step": ({}, [r1]),
     "a choice of 20": ({"latent_dim": 52}, [partial(choices, count=20)]),
