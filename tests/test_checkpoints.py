@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -165,8 +166,10 @@ def test_a_second_run_in_the_same_folder_is_refused_at_once(gan, started, monkey
     before = contents(started)
 
     def second(*_):
+        began = time.perf_counter()
         with pytest.raises(RuntimeError, match="^Another run uses .*models: .* OUTPUT_DIR$"):
             run(gan, THREE, started)
+        assert time.perf_counter() - began < 5
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -320,11 +323,15 @@ def test_a_loss_may_be_anything_that_can_be_called(gan):
         def make(smooth): return lambda on_fake: bce(on_fake, on_fake) * smooth
         def keyword(on_fake, *, smooth=1): return smooth
         def other(on_fake, *, smooth=2): return smooth
+        def default(on_fake, smooth=1): return smooth
+        def another(on_fake, smooth=2): return smooth
         @torch.no_grad()
         def first(on_fake): return 1
         @torch.no_grad()
         def second(on_fake): return 2
         losses = [Loss(1), Loss(2), make(1.0), make(2.0), keyword, other, first, second]
+        losses += [default, another]
+        for each in [*losses[4:], first.__wrapped__, second.__wrapped__]: each.__qualname__ = "f"
         losses += [torch.add, torch.sub, nn.SoftMarginLoss(), nn.HuberLoss(), nn.HuberLoss(delta=2)]
         losses += [partial(generator_loss, 1), partial(generator_loss, 2), partial(torch.add, 1)]
     """

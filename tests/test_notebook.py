@@ -91,7 +91,7 @@ def test_every_parameter_can_come_from_the_environment_and_wins(
 IMPOSSIBLE = [("EPOCHS", value) for value in (-3, 0, "five", "", 2.5)] + [("DATASET", "CIFAR10")]
 IMPOSSIBLE += [("BATCH_SIZE", 1), ("BATCH_SIZE", 101), ("LATENT_DIM", 10), ("SEED", -1)]
 IMPOSSIBLE += [("LEARNING_RATE", value) for value in ("fast", 0, float("nan"), 2)]
-IMPOSSIBLE += [("LIMIT", value) for value in (31, -1, "all", 60_001)] + [("SEED", 2**32)]
+IMPOSSIBLE += [("LIMIT", value) for value in (31, 99, -1, "all", 60_001)] + [("SEED", 2**32)]
 IMPOSSIBLE += [("RESUME", -1), ("RESUME", 2), ("OUTPUT_DIR", "file"), ("OUTPUT_DIR", "x" * 300)]
 
 

@@ -100,7 +100,7 @@ def test_neighbourhoods_of_hand_made_points(gan):
     assert axis.lines[1].get_xdata().tolist() == [0.5]
 
 
-def test_the_scores_and_the_wheel_of_known_classes(gan):
+def test_the_scores_and_the_wheel_of_known_classes(gan, monkeypatch):
     """Features are one-hot and the last layer is the identity: each image names its class."""
     classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(10, 10, bias=False))
     torch.nn.init.eye_(classifier[-1].weight)
@@ -109,7 +109,13 @@ def test_the_scores_and_the_wheel_of_known_classes(gan):
     scores = evaluator.score(names[[3, 3, 3, 3, 3, 3, 7, 7]])
     assert scores["class deviation"] == pytest.approx(0.65)
     assert scores["confident"] == 0  # e / (e + 9) is 0.23
-    assert evaluator.score(10 * names)["confident"] == 1
+    assert evaluator.score(3.6 * names)["confident"] == 0  # 0.80
+    assert evaluator.score(4.5 * names)["confident"] == 1  # 0.91
+    compared = []
+    monkeypatch.setattr(gan, "neighbourhood_scores", lambda *both: compared.extend(both) or {})
+    evaluator.score(names.repeat(600, 1, 1, 1))
+    assert torch.equal(compared[0], evaluator.real[::2]), "the first writers are the neater ones"
+    assert len(compared[1]) == 5000
     gan.draw_wheels(evaluator, {"real digits": 30 * names, "untrained": 0 * names})
     real, fake = plt.gcf().axes
     for text, x, y in zip(real.texts, *real.lines[0].get_data(), strict=True):
