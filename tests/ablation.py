@@ -119,8 +119,8 @@ ROWS = {  # name: (what differs from the default run's batch size and new_gan, c
     "layer norm in G": ({}, [layer_norm]),
     "the original's recipe": (
         ORIGINAL,
-        [partial(widths, generator=(256, 512, 1024), discriminator=(512, 256))]
-        + [relu_without_norm, partial(average_over, part=1)],
+        [relu_without_norm, partial(average_over, part=1)]  # widths look at norm, so they come last
+        + [partial(widths, generator=(256, 512, 1024), discriminator=(512, 256))],
     ),
 }
 
