@@ -7,7 +7,6 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -205,7 +204,3 @@ def same(first, second):
     if isinstance(first, list | tuple):
         return len(first) == len(second) and all(map(same, first, second))
     return first == second
-
-
-def namespace(values):
-    return SimpleNamespace(**values)

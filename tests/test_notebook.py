@@ -7,11 +7,12 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
 import pytest
-from conftest import CPU, INJECTED, ROOT, TINY, code_cells, namespace, parameter_values, run_cell
+from conftest import CPU, INJECTED, ROOT, TINY, code_cells, parameter_values, run_cell
 
 DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 DEFINES = (*DEFINITION, ast.Lambda, ast.Import, ast.ImportFrom)
@@ -128,7 +129,7 @@ def raw(tmp_path, monkeypatch):
 def test_the_embedded_digits_are_read_without_a_connection(gan, raw):
     for path in ROOT.glob("data/MNIST/raw/*.gz"):
         (raw / path.name).write_bytes(path.read_bytes())
-    scope = {"device": CPU, "parameters": namespace(TINY | {"LIMIT": 300})}
+    scope = {"device": CPU, "parameters": SimpleNamespace(**TINY | {"LIMIT": 300})}
     scope = run_cell("data-run", vars(gan) | scope | {"show": lambda *_: None})
     assert len(scope["images"]) == len(scope["labels"]) == 300 and len(scope["held_out"]) == 10_000
     unpacked = raw / "train-images-idx3-ubyte"

@@ -1,6 +1,7 @@
 """The scores: against their definitions, and against the cheats that they must catch."""
 
 import re
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,7 +11,6 @@ from conftest import (
     CPU,
     ROOT,
     TINY,
-    namespace,
     new_game,
     random_images,
     run_cell,
@@ -20,7 +20,11 @@ from conftest import (
 @pytest.fixture(scope="module")
 def data(gan):
     """What the cell data-run leaves."""
-    scope = {"device": CPU, "parameters": namespace(TINY | {"LIMIT": 0}), "show": lambda *_: None}
+    scope = {
+        "device": CPU,
+        "parameters": SimpleNamespace(**TINY | {"LIMIT": 0}),
+        "show": lambda *_: None,
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         return run_cell("data-run", vars(gan) | scope)
@@ -196,7 +200,7 @@ def test_the_extremes_are_the_surest_and_the_least_sure_of_each_class(gan, drawn
     read_as[read_as == 9] = 8  # no nines
     probabilities = torch.zeros(1000, 10)
     probabilities[range(1000), read_as] = sure
-    evaluator = namespace({"read": lambda _: (None, probabilities)})
+    evaluator = SimpleNamespace(read=lambda _: (None, probabilities))
     run_cell("extremes-run", vars(gan) | {"evaluator": evaluator, "fake": torch.arange(1000)})
     for digit in range(9):
         ranked = sorted((read_as == digit).nonzero()[:, 0], key=lambda place: -sure[place])
