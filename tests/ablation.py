@@ -111,7 +111,10 @@ ROWS = {  # name: (what differs from the default run's batch size and new_gan, c
     "no running average": ({}, [partial(average_over, part=1)]),
     "G 256-256-512": ({}, [partial(widths, generator=(256, 256, 512))]),
     "D 512-256": ({}, [partial(widths, discriminator=(512, 256))]),
-    "G 256-512-1024, D 512-256": ({}, [partial(widths, (256, 512, 1024), (512, 256))]),
+    "G 256-512-1024, D 512-256": (
+        {},
+        [partial(widths, generator=(256, 512, 1024), discriminator=(512, 256))],
+    ),
     "the average over the last tenth of all steps": ({}, [partial(average_over, part=10)]),
     "D a quarter as fast as G": ({"ratio": 1 / 4}, []),
     "R1 in every eighth step": ({}, [r1]),

@@ -157,7 +157,7 @@ def test_a_file_is_on_the_disk_before_it_is_moved_into_place(gan, tmp_path, monk
     calls, replace = [], os.replace
     monkeypatch.setattr(gan.os, "fsync", lambda _: calls.append("fsync"))
     monkeypatch.setattr(gan.os, "replace", lambda *args: calls.append("replace") or replace(*args))
-    gan.write_file(tmp_path / "some.txt", lambda file: file.write(b"text"))
+    gan.write_file(tmp_path / "some.txt", b"text")
     assert (tmp_path / "some.txt").read_bytes() == b"text"
     assert calls == ["fsync", "replace"] + ["fsync"] * (os.name == "posix")  # the folder at last
 
@@ -336,7 +336,7 @@ def test_a_loss_may_be_anything_that_can_be_called(gan):
         losses += [partial(generator_loss, 1), partial(generator_loss, 2), partial(torch.add, 1)]
     """
     exec(textwrap.dedent(lines), scope := dict(vars(gan)))
-    fingerprints = [gan.code_of(loss, set()) for loss in scope["losses"]]
+    fingerprints = [gan.code_of(loss, {}) for loss in scope["losses"]]
     assert len(set(fingerprints)) == len(fingerprints)
     assert not any(re.search("0x[0-9a-f]{6}", text) for text in fingerprints), "an address"
 
