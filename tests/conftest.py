@@ -21,8 +21,7 @@ if "PYTEST_VERSION" in os.environ:
     torch.set_num_threads(1)
 for name in [name for name in os.environ if name.startswith("GAN_")]:
     del os.environ[name]  # the tests choose their own parameters
-ROOT = Path(__file__).parent.parent
-CPU = torch.device("cpu")
+ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 TINY = {"DATASET": "MNIST", "EPOCHS": 2, "BATCH_SIZE": 32, "LATENT_DIM": 12, "LEARNING_RATE": 5e-4}
 TINY |= {"SEED": 1, "LIMIT": 100, "RESUME": 1, "OUTPUT_DIR": "."}  # a run that takes no time
 INJECTED = TINY | {"LIMIT": 256, "BATCH_SIZE": 64, "OUTPUT_DIR": "out"}  # of the whole run
@@ -60,8 +59,7 @@ def load_definitions(*edits):
 def run_cell(name, scope):
     """Execute the notebook's cell with the id name; return all names that are there afterwards."""
     (cell,) = (cell for cell in read_notebook().cells if cell.id == name)
-    scope = dict(scope)
-    exec(cell.source, scope)
+    exec(cell.source, scope := dict(scope))
     return scope
 
 
@@ -75,20 +73,12 @@ def parameter_values(notebook):
 def git(*command):
     """What git says in English, also in somebody else's checkout; skips where there is none."""
     command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), *command]
-    try:
-        done = subprocess.run(command, capture_output=True, env=os.environ | {"LC_ALL": "C"})
-    except FileNotFoundError:
+    if not shutil.which("git"):
         pytest.skip("git is not installed")
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"LC_ALL": "C"})
     if b"not a git repository" in done.stderr:
         pytest.skip("not a git clone")
     return done.stdout
-
-
-def committed_bytes(path):
-    """git's copy of a file: what a visitor sees, whatever was run or edited since."""
-    content = git("show", f"HEAD:{path}")
-    assert content, f"{path} is not committed"
-    return content
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +88,8 @@ def notebook():
 
 @pytest.fixture(scope="session")
 def committed():
-    return nbformat.reads(committed_bytes("gan.ipynb").decode(), as_version=4)
+    """git's copy: what a visitor sees, whatever was run or edited since."""
+    return nbformat.reads(git("show", "HEAD:gan.ipynb").decode(), as_version=4)
 
 
 @pytest.fixture(scope="session")
@@ -119,9 +110,8 @@ def no_figure_stays_open():
 
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
-    """A run of the whole notebook in a clean folder, beside the tests, if one of them asks for it:
-    in a terminal that knows no accents, without matplotlib's own pictures, with papermill's way to
-    set parameters, a cell after theirs."""
+    """A run of the whole notebook beside the tests, if one asks for it: in a terminal that knows no
+    accents, with MPLBACKEND, and papermill's way to set parameters, a cell after theirs."""
     if not any("executed" in item.fixturenames for item in request.session.items):
         return (yield)
     folder, notebook = tmp_path_factory.mktemp("whole"), read_notebook()
@@ -131,12 +121,11 @@ def beside(request, tmp_path_factory):
     nbformat.write(notebook, folder / "gan.ipynb")
     shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("*-ubyte"))
     command = [sys.executable, "-m", "nbconvert", "--config", str(ROOT / ".nbconvert.py")]
+    command += ["--to", "notebook", "--execute", "gan.ipynb"]
     surroundings = os.environ | {"PYTHONIOENCODING": "ascii:strict", "MPLBACKEND": "Agg"}
     with open(folder / "terminal.txt", "wb") as terminal:
-        command += ["--to", "notebook", "--execute", "gan.ipynb"]
-        process = subprocess.Popen(
-            command, cwd=folder, stdout=terminal, stderr=terminal, env=surroundings
-        )
+        outputs = {"stdout": terminal, "stderr": terminal}
+        process = subprocess.Popen(command, cwd=folder, env=surroundings, **outputs)
         yield process, folder
         process.kill()
 
@@ -147,19 +136,6 @@ def executed(beside):
     process, folder = beside
     assert process.wait() == 0, (folder / "terminal.txt").read_text()
     return folder, nbformat.read(folder / "gan.nbconvert.ipynb", as_version=4)
-
-
-def act_in(owner, name, call, act):
-    """Let owner's function of that name first do act(), in its call-th call."""
-    real, calls = getattr(owner, name), []
-
-    def acting(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == call:
-            act()
-        return real(*args, **kwargs)
-
-    setattr(owner, name, acting)
 
 
 def random_images(count, seed=0):
@@ -186,13 +162,6 @@ def run(gan, parameters, folder):
     scope |= {"seed": parameters.SEED, "latent_dim": parameters.LATENT_DIM}
     scope |= {"images": random_images(parameters.LIMIT), "evaluator": tiny_evaluator(gan)}
     return run_cell("train-run", scope)
-
-
-def state(scope):
-    """Everything that a run has reached."""
-    game = scope["gan"]
-    parts = {name: getattr(game, name).state_dict() for name in scope["PARTS"]}
-    return parts | {"history": scope["history"]}
 
 
 def same(first, second):
