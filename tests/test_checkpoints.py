@@ -288,6 +288,7 @@ EDITS = [  # cell, old text, new text, which entry is named
     ("choice", "2 * chosen", "3 * chosen", "Choice"),
     ("averages", "29 / (30 + ", "9 / (10 + ", "average_weights"),
     ("digits", "len(items) // size * size", "len(items) // size * size - size", "batches"),
+    ("evaluator", "- 2 * product", "- product", "frechet_distance"),
 ]
 
 

@@ -162,8 +162,11 @@ def test_the_embedded_digits_are_read_without_a_connection(gan, raw):
     assert len(scope["images"]) == len(scope["labels"]) == 300 and len(scope["held_out"]) == 10_000
     unpacked = raw / "train-images-idx3-ubyte"
     unpacked.write_bytes(unpacked.read_bytes()[:30_000_000] + bytes(17_040_016))
-    with pytest.raises(RuntimeError, match="^MNIST cannot .*data.MNIST.raw: .*train-images"):
-        gan.load_digits("MNIST")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="^MNIST cannot .*data.MNIST.raw: .*train-images"):
+            gan.load_digits("MNIST")
+        packed = gzip.compress(unpacked.read_bytes(), 1)  # now both files are alike, and wrong
+        unpacked.with_suffix(".gz").write_bytes(packed)
 
 
 DAMAGED = [(".gz", gzip.compress(b"damaged")), ("", b"\0\0\x08\x03cut"), ("", bytes(100))]
