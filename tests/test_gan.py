@@ -312,7 +312,8 @@ def test_the_scores_and_the_wheel_of_known_classes(gan, monkeypatch):
         assert np.dot(text.get_position(), (x, y)) == pytest.approx(1.15, rel=1e-3), "wrong digit"
     assert [text.get_text() for text in real.texts] == list("0123456789")
     assert np.abs(fake.lines[0].get_data()).max() < 1e-6, "the unclear ones are in the middle"
-    assert real.lines[0].get_color() != fake.lines[0].get_color() == fake.title.get_color()
+    colours = [axis.lines[0].get_color() for axis in (real, fake)]
+    assert colours == ["#1b7837", "#762a83"] == [axis.title.get_color() for axis in (real, fake)]
 
 
 def test_a_generator_that_copies_is_caught(gan, data, capsys, drawn):
