@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -14,11 +15,13 @@ from PIL import Image
 
 
 @pytest.fixture(scope="module")
-def data(gan):
-    """What the cell data-run leaves."""
+def data(gan, tmp_path_factory):
+    """What the cell data-run leaves; in a folder of its own, since this one may be read-only."""
+    folder = tmp_path_factory.mktemp("digits")
+    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("*-ubyte"))
     scope = {"device": CPU, "parameters": SimpleNamespace(**TINY | {"LIMIT": 0})}
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
+        patch.chdir(folder)
         return run_cell("data-run", vars(gan) | scope | {"show": lambda *_: None})
 
 
