@@ -102,6 +102,7 @@ def r1(gan, every=8):
 
 
 EQUAL = {"ratio": 1}  # of the learning rates
+USUAL = partial(widths, generator=(256, 512, 1024), discriminator=(512, 256))  # of tutorials
 ORIGINAL = EQUAL | {"choice": False, "size": 16, "rate": 2e-4, "momentum": 0.9}
 ROWS = {  # name: (what differs from the default run's batch size and new_gan, changes of the code)
     "all of it": ({}, []),
@@ -111,19 +112,15 @@ ROWS = {  # name: (what differs from the default run's batch size and new_gan, c
     "no running average": ({}, [partial(average_over, part=1)]),
     "G 256-256-512": ({}, [partial(widths, generator=(256, 256, 512))]),
     "D 512-256": ({}, [partial(widths, discriminator=(512, 256))]),
-    "G 256-512-1024, D 512-256": (
-        {},
-        [partial(widths, generator=(256, 512, 1024), discriminator=(512, 256))],
-    ),
+    "G 256-512-1024, D 512-256": ({}, [USUAL]),
     "the average over the last tenth of all steps": ({}, [partial(average_over, part=10)]),
     "D a quarter as fast as G": ({"ratio": 1 / 4}, []),
     "R1 in every eighth step": ({}, [r1]),
     "a choice of 20": ({"latent_dim": 52}, [partial(choices, count=20)]),
     "layer norm in G": ({}, [layer_norm]),
     "the original's recipe": (
-        ORIGINAL,
-        [relu_without_norm, partial(average_over, part=1)]  # widths look at norm, so they come last
-        + [partial(widths, generator=(256, 512, 1024), discriminator=(512, 256))],
+        ORIGINAL,  # widths look at norm, so they come last
+        [relu_without_norm, partial(average_over, part=1), USUAL],
     ),
 }
 

@@ -81,6 +81,11 @@ def git(*command):
     return done.stdout
 
 
+def copy_digits(folder):
+    """Copy the embedded digits, not what was unpacked beside them, to folder/data."""
+    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("*-ubyte"))
+
+
 @pytest.fixture(scope="session")
 def notebook():
     return read_notebook()
@@ -119,7 +124,7 @@ def beside(request, tmp_path_factory):
     injected = "\n".join(f"{name} = {value!r}" for name, value in INJECTED.items())
     notebook.cells.insert(place, nbformat.v4.new_code_cell(injected))
     nbformat.write(notebook, folder / "gan.ipynb")
-    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("*-ubyte"))
+    copy_digits(folder)
     command = [sys.executable, "-m", "nbconvert", "--config", str(ROOT / ".nbconvert.py")]
     command += ["--to", "notebook", "--execute", "gan.ipynb"]
     surroundings = os.environ | {"PYTHONIOENCODING": "ascii:strict", "MPLBACKEND": "Agg"}

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, TINY, new_game, random_images, run, run_cell, same
+from conftest import CPU, TINY, copy_digits, new_game, random_images, run, run_cell, same
 from PIL import Image
 
 
@@ -18,7 +17,7 @@ from PIL import Image
 def data(gan, tmp_path_factory):
     """What the cell data-run leaves; in a folder of its own, since this one may be read-only."""
     folder = tmp_path_factory.mktemp("digits")
-    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("*-ubyte"))
+    copy_digits(folder)
     scope = {"device": CPU, "parameters": SimpleNamespace(**TINY | {"LIMIT": 0})}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
