@@ -1,187 +1,173 @@
-"""What each part of the recipe is worth, and what other parts would be: a table by hand.
+"""What each part of the recipe is worth, and what other parts would be: the tables, by hand.
 
-`.venv/bin/python tests/ablation.py` plays all rows in some hours, three games each, as many at a
-time as there are cores; `tests/ablation.py choice R1` those whose names hold one of these words.
-A row is the notebook's own code with something changed. A cell is the mean ± the standard deviation
-over the games; 10,000 samples of each are scored against the held-out digits, by the features of
-the notebook's two classifiers (first / second).
+`.venv/bin/python tests/ablation.py` plays all rows in some hours, five games each, as many at a
+time as there are cores (`--device cuda` and `--processes` for a GPU); `tests/ablation.py choice R1`
+those whose names hold one of these words. A row is the notebook's own code with something changed.
+A cell is the mean ± the standard deviation over the games: 10,000 samples of each are compared with
+the held-out digits by the notebook's second classifier. `--curve` prints each game epoch by epoch.
 """
 
 import argparse
-import itertools
+import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import cache
 
 os.environ["OMP_NUM_THREADS"] = "1"  # games side by side must not share cores
 
 import torch
-import torchvision
-from conftest import CPU, ROOT, load_definitions, parameter_values, read_notebook
-from torch import nn
+from conftest import ROOT, load_definitions, parameter_values, read_notebook
 
 COLUMNS = {"Fréchet distance": ".2f", "precision": ".3f", "coverage": ".3f", "confident": ".3f"}
-COLUMNS["class deviation"] = ".3f"
+COLUMNS |= {"purity": ".2f", "seconds": ".0f"}
+
+DEVIATION = '''class Deviation(nn.Module):
+    """Features (N, F) -> (N, F + 1): how far they differ in groups of four images, in the mean
+    (Karras et al., 2018, section 3)."""
+
+    def forward(self, features):
+        groups = features.view(-1, 4, features.shape[1])
+        deviation = (groups.var(1, correction=0) + 1e-8).sqrt().mean(1, keepdim=True)
+        return torch.cat([features, deviation.repeat_interleave(4, 0)], 1)
 
 
-def average_over(gan, part):
-    """Average over about the last so-manieth part of all steps; 1: the present weights."""
+class Discriminator'''
+R1 = """    if next(STEPS) % 8 == 0:
+        real = real.clone().requires_grad_()
+        slope = torch.autograd.grad(gan.discriminator(real).sum(), real, create_graph=True)[0]
+        old_loss = old_loss + 8 / 2 * slope.flatten(1).square().sum(1).mean()
+    gan.adam_d.zero_grad()"""
 
-    def average_weights(means, weights, steps):
-        for mean, weight in zip(means, weights, strict=True):
-            mean.lerp_(weight, (part - 1) / (part + steps) if part > 1 else torch.tensor(1.0))
-
-    gan.average_weights = average_weights
-
-
-def widths(gan, generator=(256, 512, 512), discriminator=(1024, 256)):
-    """Let the hidden layers have these widths."""
-    usual = gan.perceptron
-
-    def perceptron(*sizes, norm=False):
-        return usual(sizes[0], *(generator if norm else discriminator), sizes[-1], norm=norm)
-
-    gan.perceptron = perceptron
-
-
-def relu_without_norm(gan):
-    """Let all hidden layers have a ReLU, and none batch norm."""
-    usual = gan.perceptron
-
-    def perceptron(*sizes, norm=False):
-        layers = usual(*sizes)
-        for activation in layers[1::2]:
-            activation.negative_slope = 0
-        return layers
-
-    gan.perceptron = perceptron
-
-
-def layer_norm(gan):
-    """Let the generator have layer norm instead of batch norm."""
-    usual = gan.perceptron
-
-    def perceptron(*sizes, norm=False):
-        layers = usual(*sizes, norm=norm)
-        for place, layer in enumerate(layers):
-            if isinstance(layer, nn.BatchNorm1d):
-                layers[place] = nn.LayerNorm(layer.num_features)
-        return layers
-
-    gan.perceptron = perceptron
-
-
-def choices(gan, count):
-    """Let the choice be one of so many."""
-
-    class Choice(nn.Module):
-        def forward(self, noise):
-            chosen = nn.functional.one_hot(noise[:, :count].argmax(1), count)
-            return torch.cat([2 * chosen, noise[:, count:]], 1)
-
-    gan.Choice = Choice
-
-
-def r1(gan, every=8):
-    """Add R1, half the mean squared slope of D on real images (Mescheder et al., 2018), to D's loss
-    in every so-manieth step, so many times as much."""
-    usual, steps = gan.discriminator_step, itertools.count()
-
-    def discriminator_step(game, real, fake, loss):
-        def penalised(on_real, on_fake):
-            (slope,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
-            return loss(on_real, on_fake) + every * slope.flatten(1).square().sum(1).mean() / 2
-
-        if next(steps) % every:
-            return usual(game, real, fake, loss)
-        return usual(game, real.requires_grad_(), fake, penalised)
-
-    gan.discriminator_step = discriminator_step
-
-
-EQUAL = {"ratio": 1}  # of the learning rates
-USUAL = partial(widths, generator=(256, 512, 1024), discriminator=(512, 256))  # of tutorials
-ORIGINAL = EQUAL | {"choice": False, "size": 16, "rate": 2e-4, "momentum": 0.9}
-ROWS = {  # name: (what differs from the default run's batch size and new_gan, changes of the code)
+LAST_WEIGHTS = ("averages", "mean.lerp_(weight, 29 / (30 + steps))", "mean.copy_(weight)")
+ROWS = {  # name: (what differs in the arguments of new_gan and the batch size, edits of the cells)
     "all of it": ({}, []),
+    "batch norm statistics of the last weights": (
+        {},
+        [("averages", "update_bn(gan.noise(10_000, rng).split(1000), gan.averaged)", "pass")],
+    ),
+    "no running average": ({}, [LAST_WEIGHTS]),
     "no choice": ({"choice": False}, []),
-    "D as fast as G": (EQUAL, []),
+    "D as fast as G": ({"ratio": 1}, []),
     "momentum 0.5": ({"momentum": 0.5}, []),
-    "no running average": ({}, [partial(average_over, part=1)]),
-    "G 256-256-512": ({}, [partial(widths, generator=(256, 256, 512))]),
-    "D 512-256": ({}, [partial(widths, discriminator=(512, 256))]),
-    "G 256-512-1024, D 512-256": ({}, [USUAL]),
-    "the average over the last tenth of all steps": ({}, [partial(average_over, part=10)]),
-    "D a quarter as fast as G": ({"ratio": 1 / 4}, []),
-    "R1 in every eighth step": ({}, [r1]),
-    "a choice of 20": ({"latent_dim": 52}, [partial(choices, count=20)]),
-    "layer norm in G": ({}, [layer_norm]),
+    "a choice of 10 instead of 2": ({}, [("choice", "2 * chosen", "10 * chosen")]),
+    "second beta 0.99": ({}, [("players", "0.999", "0.99")]),
+    "minibatch deviation": (
+        {},
+        [
+            ("networks", "class Discriminator", DEVIATION),
+            (
+                "networks",
+                "perceptron(784, 1024, 256, 1))",
+                "perceptron(784, 1024, 256, 1)[:-1], Deviation(), nn.Linear(257, 1))",
+            ),
+        ],
+    ),
+    "R1 in every eighth step": (
+        {},
+        [
+            (
+                "steps",
+                "def discriminator_step",
+                "import itertools\n\nSTEPS = itertools.count()\n\n\ndef discriminator_step",
+            ),
+            ("steps", "    gan.adam_d.zero_grad()", R1),
+        ],
+    ),
+    "float32 products": ({}, [("averages", '"medium"', '"highest"')]),
     "the original's recipe": (
-        ORIGINAL,  # widths look at norm, so they come last
-        [relu_without_norm, partial(average_over, part=1), USUAL],
+        {"choice": False, "ratio": 1, "size": 16, "latent_dim": 100, "rate": 2e-4, "momentum": 0.9},
+        [
+            LAST_WEIGHTS,
+            ("players", "nn.LeakyReLU(0.2)", "nn.ReLU()"),
+            ("networks", "256, 512, 512, 784, norm=True", "256, 512, 1024, 784"),
+            ("networks", "784, 1024, 256, 1", "784, 512, 256, 1"),
+        ],
     ),
 }
 
 
-def play(name, seed, epochs):
-    """Play a game of the row; return its seconds of one core and its scores by both classifiers."""
-    gan, (options, changes) = load_definitions(), ROWS[name]
-    for change in changes:
-        change(gan)
-    (images, evaluators), values = load(), parameter_values(read_notebook())
-    names = {"size": "BATCH_SIZE", "latent_dim": "LATENT_DIM", "rate": "LEARNING_RATE"}
-    options = {option: values[name] for option, name in names.items()} | options
-    size, began = options.pop("size"), time.process_time()
-    game = gan.with_average(gan.new_gan(seed, CPU, **options))
-    for epoch in range(1, epochs + 1):
-        gan.train_epoch(game, images, size, seed, epoch)
-    seconds = time.process_time() - began
-    fake = gan.sample(game.averaged, game.noise(10_000, torch.manual_seed(seed + 1)))
-    return seconds, [evaluator.score(fake) for evaluator in evaluators]
-
-
 @cache
-def load():
-    """Return the training images, and an evaluator by each of the notebook's two classifiers."""
-    gan, data = load_definitions(), torchvision.datasets.MNIST
-    training, test = (data(ROOT / "data", train, download=True) for train in (True, False))
-    images, held_out = (part.data[:, None] / 127.5 - 1 for part in (training, test))
+def load(device):
+    """Return the training images, and an evaluator by the notebook's second classifier."""
+    os.chdir(ROOT)
+    gan = load_definitions()
+    training, test = gan.load_digits("MNIST", tempfile.gettempdir())
+    images, held_out = (part.data[:, None].to(device) / 127.5 - 1 for part in (training, test))
     split = len(images) * 5 // 6
-    learned = images[:split], training.targets[:split]
-    classifiers = [gan.train_classifier(*learned, seed) for seed in (0, 1)]
-    return images, [gan.Evaluator(classifier, held_out) for classifier in classifiers]
+    labels = training.targets[:split].to(device)
+    classifier = gan.train_classifier(images[:split], labels, seed=1)
+    return images, gan.Evaluator(classifier, held_out), images[split:]
 
 
-def cell(values, form):
-    """Return the mean of values and, if there are several, their standard deviation."""
-    figures = [statistics.mean(values), *([statistics.stdev(values)] if values[1:] else [])]
-    return " ± ".join(f"{figure:{form}}" for figure in figures)
+def purity(evaluator, noise, fake):
+    """Return the share of images that are read as the commonest class of their choice."""
+    pairs = torch.stack([noise[:, :10].argmax(1).cpu(), evaluator.read(fake)[1].argmax(1)])
+    counts = torch.zeros(10, 10).index_put_(tuple(pairs), torch.ones(len(fake)), accumulate=True)
+    return (counts.amax(1).sum() / len(fake)).item()
+
+
+def play(name, seed, epochs, device, curve):
+    """Play a game of the row; return its scores after the last epoch, or after each for a curve."""
+    (changes, edits), values = ROWS[name], parameter_values(read_notebook())
+    gan, (images, evaluator, _) = load_definitions(*edits), load(device)
+    names = {"size": "BATCH_SIZE", "latent_dim": "LATENT_DIM", "rate": "LEARNING_RATE"}
+    options = {option: values[name] for option, name in names.items()} | changes
+    size, seconds, scores = options.pop("size"), 0, []
+    game = gan.with_average(gan.new_gan(seed, device, **options))
+    for epoch in range(1, epochs + 1):
+        began = time.process_time()
+        gan.train_epoch(game, images, size, seed, epoch)
+        seconds += time.process_time() - began
+        if curve or epoch == epochs:
+            noise = game.noise(10_000, torch.Generator(device).manual_seed(seed + 1))
+            fake = gan.sample(game.averaged, noise)
+            scores.append(evaluator.score(fake) | {"seconds": seconds})
+            scores[-1]["purity"] = purity(evaluator, noise, fake)
+    return scores
+
+
+def row(name, scores):
+    """Return a line of the table: the means and, of several games, the standard deviations."""
+    cells = []
+    for column, form in COLUMNS.items():
+        values = [score[column] for score in scores if column in score]
+        figures = [statistics.mean(values)] if values else []
+        figures += [statistics.stdev(values)] if values[1:] else []
+        cells.append(" ± ".join(f"{figure:{form}}" for figure in figures))
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*")
     parser.add_argument("--epochs", type=int, default=parameter_values(read_notebook())["EPOCHS"])
-    parser.add_argument("--seeds", type=int, default=3)
-    chosen = parser.parse_args()
-    names = [name for name in ROWS if any(word in name for word in chosen.words or [""])]
-    load()  # before the processes fork, so that they have it, too
-    print("| recipe | seconds |", " | ".join(COLUMNS), "|")
-    print("| --- | ---:", "| ---: " * len(COLUMNS), "|", flush=True)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--curve", action="store_true")
+    asked = parser.parse_args()
+    for word in asked.words:
+        if not any(word in name for name in ROWS):
+            parser.error(f"no row is called {word}: choose from {', '.join(ROWS)}")
+    names = [name for name in ROWS if any(word in name for word in asked.words or [""])]
+    _, evaluator, real = load(asked.device)
+    print(f"| recipe | {' | '.join(COLUMNS)} |\n| --- {'| ---: ' * len(COLUMNS)}|")
+    print(row("real digits", [evaluator.score(real)]), flush=True)
+    spawn = multiprocessing.get_context("spawn")  # forked, a process can't use CUDA
+    with ProcessPoolExecutor(asked.processes, spawn) as pool:
+        rest = asked.epochs, asked.device, asked.curve
         games = {
-            name: [pool.submit(play, name, seed, chosen.epochs) for seed in range(chosen.seeds)]
+            name: [pool.submit(play, name, seed, *rest) for seed in range(asked.seeds)]
             for name in names
         }
         for name, futures in games.items():
-            seconds, scores = zip(*(future.result() for future in futures), strict=True)
-            cells = [cell(seconds, ".0f")]
-            for column, form in COLUMNS.items():
-                both = ([judged[k][column] for judged in scores] for k in (0, 1))
-                cells.append(" / ".join(cell(values, form) for values in both))
-            print("|", name, "|", " | ".join(cells), "|", flush=True)
+            scores = [future.result() for future in futures]
+            print(row(name, [each[-1] for each in scores]), flush=True)
+            for epoch, of_games in enumerate(zip(*scores, strict=True), 1) if asked.curve else ():
+                print(row(f"{name}, epoch {epoch}", of_games), flush=True)
 
 
 if __name__ == "__main__":
