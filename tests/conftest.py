@@ -1,10 +1,10 @@
 """Import the definition cells of gan.ipynb as the module `gan`; play tiny games with them."""
 
 import ast
+import linecache
 import os
 import shutil
 import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -21,10 +21,9 @@ if "PYTEST_VERSION" in os.environ:
     torch.set_num_threads(1)
 for name in [name for name in os.environ if name.startswith("GAN_")]:
     del os.environ[name]  # the tests choose their own parameters
-ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
+ROOT, CPU = Path(__file__).resolve().parent.parent, torch.device("cpu")
 TINY = {"DATASET": "MNIST", "EPOCHS": 2, "BATCH_SIZE": 32, "LATENT_DIM": 12, "LEARNING_RATE": 5e-4}
 TINY |= {"SEED": 1, "LIMIT": 100, "RESUME": 1, "OUTPUT_DIR": "."}  # a run that takes no time
-INJECTED = TINY | {"LIMIT": 256, "BATCH_SIZE": 64, "OUTPUT_DIR": "out"}  # of the whole run
 SMALL = [  # edits that make both networks small, and their games fast
     ("networks", "(latent_dim, 256, 512, 512, 784, ", "(latent_dim, 32, 784, "),
     ("networks", "(784, 1024, 256, 1)", "(784, 32, 1)"),
@@ -32,7 +31,10 @@ SMALL = [  # edits that make both networks small, and their games fast
 
 
 def read_notebook():
-    return nbformat.read(ROOT / "gan.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "gan.ipynb", as_version=4)
+    if not all("id" in cell for cell in notebook.cells):
+        raise ValueError("gan.ipynb has lost the ids of its cells: save it as nbformat 4.5")
+    return notebook
 
 
 def code_cells(notebook, tag=None):
@@ -52,7 +54,9 @@ def load_definitions(*edits):
         for name, old, new in edits:
             assert name != cell.id or old in source, f"{name} does not hold {old!r}"
             source = source.replace(old, new) if name == cell.id else source
-        exec(compile(source, f"<{cell.id}>", "exec"), vars(module))
+        filename = f"<{cell.id} {hash(source)}>"  # another text has another name, as in IPython
+        linecache.cache[filename] = len(source), None, source.splitlines(True), filename
+        exec(compile(source, filename, "exec"), vars(module))
     return module
 
 
@@ -71,88 +75,14 @@ def parameter_values(notebook):
 
 
 def git(*command):
-    """What git says in English, also in somebody else's checkout; skips where there is none."""
-    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), *command]
+    """What git says, also in somebody else's clone; skips where this folder is no clone."""
     if not shutil.which("git"):
         pytest.skip("git is not installed")
-    done = subprocess.run(command, capture_output=True, env=os.environ | {"LC_ALL": "C"})
-    if b"not a git repository" in done.stderr:
+    start = ["git", "-c", "safe.directory=*", "-C", str(ROOT)]
+    top = subprocess.run([*start, "rev-parse", "--show-toplevel"], capture_output=True, text=True)
+    if top.returncode or not ROOT.samefile(top.stdout.rstrip("\n")):
         pytest.skip("not a git clone")
-    return done.stdout
-
-
-def copy_digits(folder):
-    """Copy the embedded digits, not what was unpacked beside them, to folder/data."""
-    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("*-ubyte"))
-
-
-@pytest.fixture(scope="session")
-def notebook():
-    return read_notebook()
-
-
-@pytest.fixture(scope="session")
-def committed():
-    """git's copy: what a visitor sees, whatever was run or edited since."""
-    return nbformat.reads(git("show", "HEAD:gan.ipynb").decode(), as_version=4)
-
-
-@pytest.fixture(scope="session")
-def gan():
-    return load_definitions()
-
-
-@pytest.fixture(scope="session")
-def small():
-    return load_definitions(*SMALL)
-
-
-@pytest.fixture(autouse=True)
-def no_figure_stays_open():
-    yield
-    plt.close("all")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def beside(request, tmp_path_factory):
-    """A run of the whole notebook beside the tests, if one asks for it: in a terminal that knows no
-    accents, with MPLBACKEND, and papermill's way to set parameters, a cell after theirs."""
-    if not any("executed" in item.fixturenames for item in request.session.items):
-        return (yield)
-    folder, notebook = tmp_path_factory.mktemp("whole"), read_notebook()
-    place = 1 + notebook.cells.index(*code_cells(notebook, "parameters"))
-    injected = "\n".join(f"{name} = {value!r}" for name, value in INJECTED.items())
-    notebook.cells.insert(place, nbformat.v4.new_code_cell(injected))
-    nbformat.write(notebook, folder / "gan.ipynb")
-    copy_digits(folder)
-    command = [sys.executable, "-m", "nbconvert", "--config", str(ROOT / ".nbconvert.py")]
-    command += ["--to", "notebook", "--execute", "gan.ipynb"]
-    surroundings = os.environ | {"PYTHONIOENCODING": "ascii:strict", "MPLBACKEND": "Agg"}
-    with open(folder / "terminal.txt", "wb") as terminal:
-        outputs = {"stdout": terminal, "stderr": terminal}
-        process = subprocess.Popen(command, cwd=folder, env=surroundings, **outputs)
-        yield process, folder
-        process.kill()
-
-
-@pytest.fixture(scope="session")
-def executed(beside):
-    """The folder of that run, and its executed notebook."""
-    process, folder = beside
-    assert process.wait() == 0, (folder / "terminal.txt").read_text()
-    return folder, nbformat.read(folder / "gan.nbconvert.ipynb", as_version=4)
-
-
-def random_images(count, seed=0):
-    """Images (count, 1, 28, 28) of noise in [-1, 1]."""
-    return torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def tiny_evaluator(gan):
-    """An evaluator with 8 features whose classifier has learned nothing, and takes no time."""
-    torch.manual_seed(0)
-    layers = torch.nn.Linear(784, 8, bias=False), torch.nn.Linear(8, 10, bias=False)
-    return gan.Evaluator(torch.nn.Sequential(torch.nn.Flatten(), *layers), random_images(400, 2))
+    return subprocess.run([*start, *command], capture_output=True).stdout
 
 
 def new_game(gan, rate=TINY["LEARNING_RATE"]):
@@ -160,21 +90,15 @@ def new_game(gan, rate=TINY["LEARNING_RATE"]):
 
 
 def run(gan, parameters, folder):
-    """What the notebook's cell train-run does, on random images, all files in folder; return the
-    names that it leaves."""
+    """Execute train-run on random images, beside an untrained classifier; return its names."""
     parameters = gan.read_parameters(parameters | {"OUTPUT_DIR": str(folder)})
-    scope = vars(gan) | {"parameters": parameters, "device": CPU, "split": parameters.LIMIT - 40}
-    scope |= {"seed": parameters.SEED, "latent_dim": parameters.LATENT_DIM}
-    scope |= {"images": random_images(parameters.LIMIT), "evaluator": tiny_evaluator(gan)}
-    return run_cell("train-run", scope)
+    torch.manual_seed(0)
+    images, held_out = (torch.rand(parameters.LIMIT, 1, 28, 28) * 2 - 1 for _ in range(2))
+    layers = torch.nn.Linear(784, 8), torch.nn.Linear(8, 10)
+    evaluator = gan.Evaluator(torch.nn.Sequential(torch.nn.Flatten(), *layers), held_out)
+    scope = {"parameters": parameters, "device": CPU, "images": images, "evaluator": evaluator}
+    scope |= {"seed": parameters.SEED, "latent_dim": parameters.LATENT_DIM, "split": 60}
+    return run_cell("train-run", vars(gan) | scope)
 
 
-def same(first, second):
-    """Whether two nested states hold the same bits."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
+gan, small = load_definitions(), load_definitions(*SMALL)
