@@ -25,7 +25,7 @@ DEFINES = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.Import, ast.ImportFrom
 RUN_MAKES = {f"gan_images/{name}" for name in ("epoch_001.png", "epoch_002.png", "progress.gif")}
 RUN_MAKES |= {f"models/{name}" for name in ("generator.pth", "discriminator.pth", "metrics.json")}
 READMES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.pt-BR.md")]
-PICTURES = "gan_images/default_run.gif", "gan_images/default_uses.png"
+PICTURES = [f"gan_images/default_{name}" for name in ("run.gif", "uses.png", "plane.gif")]
 CODE_BLOCK = r"^```\w+\n([\s\S]*?)^```"
 
 
@@ -155,7 +155,8 @@ def test_a_whole_run_makes_what_is_promised_and_saves_the_figures_it_shows(tmp_p
     assert printed_by(cells["proof-run"]).endswith("Equal to the last bit: True\n")
     first, edited, back = re.findall(r": (\w{8})$", printed_by(cells["edit-run"]), flags=re.M)
     assert first == back == metrics["game"] != edited
-    assert Counter(printed_by(cells["answers-run"]).split()) == {"fake": 8, "real": 8}
+    answers = Counter(re.findall("fake|real", printed_by(cells["answers-run"])))
+    assert answers == {"fake": 16, "real": 16}
     assert re.findall(r"^Epoch (\d) of 2, .* s: distance \d", done.stdout, flags=re.M) == ["1", "2"]
     assert not re.search("warn|error|debugger", done.stdout, re.IGNORECASE)
     assert max(map(len, done.stdout.splitlines())) < 300, "an output that is for the notebook only"
@@ -165,6 +166,7 @@ def test_a_whole_run_makes_what_is_promised_and_saves_the_figures_it_shows(tmp_p
     assert both["generator"] != both["generator, second"], "the second classifier is the first"
     assert f" {metrics['fresh_discriminator_accuracy']:.1%}" in printed_by(cells["fresh-run"])
     assert f" {metrics['nearest_is_training']:.1%}" in printed_by(cells["nearest-run"])
+    assert f" {metrics['taught_by_fakes']:.2%}" in printed_by(cells["taught-run"])
 
 
 def test_the_committed_notebook_is_a_run_of_its_defaults_whose_results_the_readmes_show():
@@ -176,9 +178,12 @@ def test_the_committed_notebook_is_a_run_of_its_defaults_whose_results_the_readm
     (computed,) = data_of(cells["scores-run"], "text/markdown")
     rows = re.findall(r"^\| [A-Za-z].* \d.* \|$", section("Results"), flags=re.M)
     assert len(rows) == 4 and all(row in computed for row in rows)
-    assert all(f"]({path})" in text for path in PICTURES for text in READMES)
-    film, uses = (git("show", f"HEAD:{path}") for path in PICTURES)
-    film_run, uses_run = (data_of(cells[f"{name}-run"], "image/png") for name in ("film", "uses"))
+    assert all(f"]({path})" in text for path in PICTURES[:2] for text in READMES)
+    assert all(f"]({path})" in notebook.cells[0].source for path in (PICTURES[0], PICTURES[2]))
+    film, uses, plane = (git("show", f"HEAD:{path}") for path in PICTURES)
+    film_run, uses_run = (data_of(cells[f"{name}-run"], "image/png") for name in ("film", "fill"))
+    plane_run = base64.b64decode(*data_of(cells["small-game-run"], "image/png"))
+    assert Image.open(io.BytesIO(plane)).n_frames == Image.open(io.BytesIO(plane_run)).n_frames - 1
     assert uses == base64.b64decode(*uses_run)
     film, last = (Image.open(io.BytesIO(x)) for x in (film, base64.b64decode(*film_run)))
     film.seek(epochs - 1)  # of which the other one shows the upper rows
