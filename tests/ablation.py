@@ -137,6 +137,7 @@ def row(name, scores):
         figures = [statistics.mean(values)] if values else []
         figures += [statistics.stdev(values)] if values[1:] else []
         cells.append(" ± ".join(f"{figure:{form}}" for figure in figures))
+    cells.append(" ".join(f"{score['Fréchet distance']:.2f}" for score in scores))
     return f"| {name} | {' | '.join(cells)} |"
 
 
@@ -154,7 +155,8 @@ def main():
             parser.error(f"no row is called {word}: choose from {', '.join(ROWS)}")
     names = [name for name in ROWS if any(word in name for word in asked.words or [""])]
     _, evaluator, real = load(asked.device)
-    print(f"| recipe | {' | '.join(COLUMNS)} |\n| --- {'| ---: ' * len(COLUMNS)}|")
+    print(f"| recipe | {' | '.join(COLUMNS)} | distance of each game |")
+    print(f"| --- {'| ---: ' * len(COLUMNS)}| --- |")
     print(row("real digits", [evaluator.score(real)]), flush=True)
     spawn = multiprocessing.get_context("spawn")  # forked, a process can't use CUDA
     with ProcessPoolExecutor(asked.processes, spawn) as pool:
