@@ -94,11 +94,10 @@ def load(device):
     """Return the training images, and an evaluator by the notebook's second classifier."""
     os.chdir(ROOT)
     gan = load_definitions()
-    training, test = gan.load_digits("MNIST", tempfile.gettempdir())
-    images, held_out = (part.data[:, None].to(device) / 127.5 - 1 for part in (training, test))
+    (images, labels), (held_out, _) = gan.load_digits("MNIST", tempfile.gettempdir())
+    images, held_out = (pixels.to(device) / 127.5 - 1 for pixels in (images, held_out))
     split = len(images) * 5 // 6
-    labels = training.targets[:split].to(device)
-    classifier = gan.train_classifier(images[:split], labels, seed=1)
+    classifier = gan.train_classifier(images[:split], labels[:split].to(device), seed=1)
     return images, gan.Evaluator(classifier, held_out), images[split:]
 
 

@@ -74,7 +74,7 @@ def matrix_products(gan, size):
 
     for _ in range(EPOCH // size):
         forward(generator, size)
-        forward(discriminator, 2 * size)  # the discriminator's step, real and forged at once
+        forward(discriminator, 2 * size)  # the discriminator's step, real and fake at once
         to_weights(discriminator, 2 * size)
         to_inputs(discriminator[1:], 2 * size)
         forward(discriminator, size)  # the generator's step

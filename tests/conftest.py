@@ -96,7 +96,8 @@ def run(gan, parameters, folder):
     images, held_out = (torch.rand(parameters.LIMIT, 1, 28, 28) * 2 - 1 for _ in range(2))
     layers = torch.nn.Linear(784, 8), torch.nn.Linear(8, 10)
     evaluator = gan.Evaluator(torch.nn.Sequential(torch.nn.Flatten(), *layers), held_out)
-    scope = {"parameters": parameters, "device": CPU, "images": images, "evaluator": evaluator}
+    scope = {"parameters": parameters, "folder": Path(parameters.OUTPUT_DIR), "device": CPU}
+    scope |= {"images": images, "evaluator": evaluator}
     scope |= {"seed": parameters.SEED, "latent_dim": parameters.LATENT_DIM, "split": 60}
     return run_cell("train-run", vars(gan) | scope)
 
