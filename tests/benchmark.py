@@ -93,7 +93,7 @@ def main():
     game = gan.with_average(gan.new_gan(0, CPU, values["LATENT_DIM"], values["LEARNING_RATE"]))
 
     def notebook_loop():
-        gan.play(game, gan.batches(images, size, rng), rng)
+        gan.play(game, gan.averaging(game, gan.batches(images, size, rng)), rng)
 
     contenders = {  # name: (what to time, how many of it make an epoch)
         "tutorial loop, batch 16": (lambda: tutorial_loop(gan, digits, 16), EPOCH / PART),
