@@ -52,6 +52,11 @@ ROWS = {  # name: (what differs in the arguments of new_gan and the batch size, 
     "no choice": ({"choice": False}, []),
     "D as fast as G": ({"ratio": 1}, []),
     "momentum 0.5": ({"momentum": 0.5}, []),
+    "rate 2e-4": ({"rate": 2e-4}, []),
+    "the recipe of Radford et al.": (
+        {"choice": False, "ratio": 1, "rate": 2e-4, "momentum": 0.5},
+        [LAST_WEIGHTS],
+    ),
     "a choice of 10 instead of 2": ({}, [("choice", "2 * chosen", "10 * chosen")]),
     "second beta 0.99": ({}, [("players", "0.999", "0.99")]),
     "minibatch deviation": (
@@ -113,7 +118,7 @@ def play(name, seed, epochs, device, curve):
     (changes, edits), values = ROWS[name], parameter_values(read_notebook())
     gan, (images, evaluator, _) = load_definitions(*edits), load(device)
     names = {"size": "BATCH_SIZE", "latent_dim": "LATENT_DIM", "rate": "LEARNING_RATE"}
-    options = {option: values[name] for option, name in names.items()} | changes
+    options = {option: values[name] for option, name in names.items()} | gan.RECIPE | changes
     size, seconds, scores = options.pop("size"), 0, []
     game = gan.with_average(gan.new_gan(seed, device, **options))
     for epoch in range(1, epochs + 1):

@@ -90,10 +90,11 @@ def main():
     mnist = torchvision.datasets.MNIST(ROOT / "data", transform=scaling, download=True)
     digits, images = Subset(mnist, range(PART)), mnist.data[:, None] / 127.5 - 1
     rng = torch.Generator().manual_seed(0)
-    game = gan.with_average(gan.new_gan(0, CPU, values["LATENT_DIM"], values["LEARNING_RATE"]))
+    game = gan.new_gan(0, CPU, values["LATENT_DIM"], values["LEARNING_RATE"], **gan.RECIPE)
+    gan.with_average(game)
 
     def notebook_loop():
-        gan.play(game, gan.averaging(game, gan.batches(images, size, rng)), rng)
+        gan.play(game, gan.batches(images, size, rng), rng)
 
     contenders = {  # name: (what to time, how many of it make an epoch)
         "tutorial loop, batch 16": (lambda: tutorial_loop(gan, digits, 16), EPOCH / PART),

@@ -1,11 +1,13 @@
 """Make the last default run the committed one: `.venv/bin/python tests/renew.py` after Run.
 
-Copies gan.nbconvert.ipynb to gan.ipynb, and renews the pictures that README shows.
+Copies gan.nbconvert.ipynb to gan.ipynb, the generator for the page to its default, and renews the
+pictures that README shows: that of the page in Chromium, where there is one.
 """
 
 import base64
 import io
 import shutil
+import subprocess
 
 import nbformat
 from conftest import ROOT
@@ -40,4 +42,10 @@ if __name__ == "__main__":
     (PICTURES / "default_plane.gif").write_bytes(as_gif(picture_of(notebook, "small-game-run")))
     (PICTURES / "default_uses.png").write_bytes(picture_of(notebook, "fill-run"))
     shutil.copy(PICTURES / "progress.gif", PICTURES / "default_run.gif")
+    shutil.copy(PICTURES / "generator.js", PICTURES / "default_generator.js")
+    if browser := shutil.which("chromium"):
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += ["--window-size=752,700", f"--screenshot={PICTURES / 'default_page.png'}"]
+        command += ["--virtual-time-budget=9000", (PICTURES / "play.html").as_uri()]
+        subprocess.run(command, check=True)
     shutil.move(ROOT / "gan.nbconvert.ipynb", ROOT / "gan.ipynb")

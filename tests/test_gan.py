@@ -67,9 +67,9 @@ def test_a_step_moves_only_its_player_and_lowers_its_loss(player):
     for _ in range(2):
         fake = game.generator(noise)
         if player == "discriminator":
-            losses.append(gan.discriminator_step(game, real, fake, gan.discriminator_loss))
+            losses.append(gan.discriminator_step(game, real, fake))
         else:
-            losses.append(gan.generator_step(game, fake, gan.generator_loss))
+            losses.append(gan.generator_step(game, fake))
     assert losses[1] < losses[0]
     for name in ("discriminator", "generator"):
         pairs = zip(*(getattr(each, name).parameters() for each in (before, game)), strict=True)
@@ -230,6 +230,19 @@ def test_a_fresh_discriminator_can_only_guess_at_equilibrium(data, monkeypatch):
     assert 0.4 < accuracy() < 0.6
 
 
+def test_the_answers_are_the_fakes_of_the_quiz_in_their_places(data, drawn):
+    fake, held_out = data["images"][:200], data["held_out"][:200]
+    scope = vars(gan) | {"fake": fake, "held_out": held_out, "seed": 3, "device": CPU}
+    scope |= {"gan": new_game(gan), "new_d": gan.Discriminator()}
+    run_cell("answers-run", run_cell("quiz-run", scope))
+    quiz, answers = drawn
+    left = [not (digit == -1).all() for digit in answers]
+    assert {(digit == fake[100:116]).flatten(1).all(1).any().item() for digit in quiz[left]} == {
+        True
+    }
+    assert sum(left) == 16 and torch.equal(answers[left], quiz[left])
+
+
 def test_what_is_looked_for_is_found_where_it_can_be():
     game = new_game(gan, 5e-3)
     hidden = gan.sample(game.averaged, game.noise(3, torch.Generator().manual_seed(3)))
@@ -244,6 +257,7 @@ def test_the_hand_of_a_digit_writes_all_ten_choices(drawn, monkeypatch):
     game, hands, reals = new_game(gan), torch.randn(6, 12), torch.rand(9, 1, 28, 28)
     monkeypatch.setattr(gan, "find", lambda *_: hands)
     scope = {"gan": game, "held_out": reals, "latent_dim": 12, "choices": torch.eye(10)}
+    scope["shares"] = torch.eye(10)
     run_cell("style-run", vars(gan) | scope)
     rows = drawn[0].view(6, 12, 1, 28, 28)
     assert torch.equal(rows[:, 0], reals[:6]) and (rows[:, 1] == 1).all(), "no gap"
