@@ -86,7 +86,6 @@ def git(*command):
 
 
 def new_game(gan, rate=TINY["LEARNING_RATE"]):
-    """A game with the recipe of chapter 8, on noise of 12 numbers."""
     return gan.with_average(gan.new_gan(TINY["SEED"], CPU, TINY["LATENT_DIM"], rate, **gan.RECIPE))
 
 

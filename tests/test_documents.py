@@ -26,9 +26,9 @@ RUN_MAKES = {f"gan_images/{name}" for name in ("epoch_001.png", "epoch_002.png",
 RUN_MAKES |= {f"models/{name}" for name in ("generator.pth", "discriminator.pth", "metrics.json")}
 RUN_MAKES.add("gan_images/generator.js")
 READMES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.pt-BR.md")]
-PICTURES = ["run.gif", "page.png", "plane.gif", "uses.png"]
+PICTURES = "run.gif", "page.png", "plane.gif", "uses.png"
+GENERATOR = "gan_images/default_generator.js"
 PICTURES = [f"gan_images/default_{name}" for name in PICTURES]
-PAGE = ["gan_images/play.html", "gan_images/default_generator.js"]
 CODE_BLOCK = r"^```\w+\n([\s\S]*?)^```"
 
 
@@ -193,13 +193,13 @@ def test_the_committed_notebook_is_a_run_of_its_defaults_whose_results_the_readm
     difference = np.asarray(film.convert("L"), int)[: last.height] - np.asarray(last.convert("L"))
     assert film.n_frames == epochs and np.abs(difference).mean() < 5
     game = re.search(r"This game: (\w{8})", printed_by(cells["edit-run"]))[1]
-    page = json.loads(git("show", f"HEAD:{PAGE[1]}").partition(b" = ")[2].strip(b";\n"))
+    page = json.loads(git("show", f"HEAD:{GENERATOR}").partition(b" = ")[2].strip(b";\n"))
     assert page["name"] == f"MNIST, {epochs} epochs, game {game}"
 
 
 def test_git_keeps_the_pictures_shown_and_ignores_whatever_a_run_makes():
     tracked = git("ls-tree", "-r", "--name-only", "HEAD", "gan_images", "models").decode().split()
-    assert set(tracked) - {"models/.gitkeep"} == {*PICTURES, *PAGE}
+    assert set(tracked) - {"models/.gitkeep"} == {*PICTURES, "gan_images/play.html", GENERATOR}
     made = [*RUN_MAKES, "models/checkpoint-a71ba895.0.pth", "models/x.pth.1.tmp", "runs/1/models/x"]
     made += ["gan_images/epoch_028.png", "gan.nbconvert.ipynb", "data/KMNIST/raw/x-ubyte.gz"]
     assert set(git("check-ignore", "--no-index", *made).decode().split()) == set(made)
@@ -223,14 +223,14 @@ def test_the_readmes_link_to_what_is_there_and_hold_the_same():
     for target in re.findall(r"\]\(([^)]+)\)", "".join(READMES)):
         assert target.startswith(("https://", "#")) or (ROOT / target).exists(), target
     plain = [re.sub(r"(?<=\d)[.,](?=\d)", "", text) for text in READMES]  # 1,000 is 1.000
-    patterns = [
+    patterns = (
         r"\d+",
         r"^[#|*]+ ",
         r"!\[.+\]\((.*)\)",
         r"`[^`\n]+`",
         r"https?://[^)\s]+",
         CODE_BLOCK,
-    ]
+    )
     for pattern in patterns:
         first, second = (Counter(re.findall(pattern, text, flags=re.M)) for text in plain)
         assert first == second, pattern

@@ -231,16 +231,13 @@ def test_a_fresh_discriminator_can_only_guess_at_equilibrium(data, monkeypatch):
 
 
 def test_the_answers_are_the_fakes_of_the_quiz_in_their_places(data, drawn):
-    fake, held_out = data["images"][:200], data["held_out"][:200]
-    scope = vars(gan) | {"fake": fake, "held_out": held_out, "seed": 3, "device": CPU}
-    scope |= {"gan": new_game(gan), "new_d": gan.Discriminator()}
+    scope = vars(gan) | {"fake": data["images"], "held_out": data["held_out"], "seed": 3}
+    scope |= {"gan": new_game(gan), "new_d": gan.Discriminator(), "device": CPU}
     run_cell("answers-run", run_cell("quiz-run", scope))
+    order = torch.randperm(32, generator=torch.manual_seed(3))
     quiz, answers = drawn
-    left = [not (digit == -1).all() for digit in answers]
-    assert {(digit == fake[100:116]).flatten(1).all(1).any().item() for digit in quiz[left]} == {
-        True
-    }
-    assert sum(left) == 16 and torch.equal(answers[left], quiz[left])
+    left, fakes = (answers > -1).flatten(1).any(1), data["images"][100:116][order[order < 16]]
+    assert torch.equal(answers[left], fakes) and torch.equal(quiz[left], fakes)
 
 
 def test_what_is_looked_for_is_found_where_it_can_be():
@@ -251,18 +248,6 @@ def test_what_is_looked_for_is_found_where_it_can_be():
     error = (gan.upper_half(gan.sample(game.averaged, noise)) - half).square().mean()
     others = gan.sample(game.averaged, game.noise(300, torch.Generator()))
     assert error < 0.3 * (gan.upper_half(others)[:, None] - half).square().mean()
-
-
-def test_the_hand_of_a_digit_writes_all_ten_choices(drawn, monkeypatch):
-    game, hands, reals = new_game(gan), torch.randn(6, 12), torch.rand(9, 1, 28, 28)
-    monkeypatch.setattr(gan, "find", lambda *_: hands)
-    scope = {"gan": game, "held_out": reals, "latent_dim": 12, "choices": torch.eye(10)}
-    scope["shares"] = torch.eye(10)
-    run_cell("style-run", vars(gan) | scope)
-    rows = drawn[0].view(6, 12, 1, 28, 28)
-    assert torch.equal(rows[:, 0], reals[:6]) and (rows[:, 1] == 1).all(), "no gap"
-    choices = torch.cat([torch.eye(10), hands[4, 10:].expand(10, 2)], 1)
-    assert_close(rows[4, 2:], gan.sample(game.averaged, choices))
 
 
 def test_what_is_written_is_read_as_asked(data, drawn, monkeypatch):
