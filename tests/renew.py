@@ -1,7 +1,8 @@
 """Make the last default run the committed one: `.venv/bin/python tests/renew.py` after Run.
 
-Copies gan.nbconvert.ipynb to gan.ipynb, the generator for the page to its default, and renews the
-pictures that README shows: that of the page in Chromium, where there is one.
+Copies gan.nbconvert.ipynb to gan.ipynb, with the texts of its pictures for those who cannot see
+them, the generator for the page to its default, and renews the pictures that README shows: that of
+the page in Chromium, where there is one.
 """
 
 import base64
@@ -45,7 +46,12 @@ if __name__ == "__main__":
     shutil.copy(PICTURES / "generator.js", PICTURES / "default_generator.js")
     if browser := shutil.which("chromium"):
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += ["--window-size=752,700", f"--screenshot={PICTURES / 'default_page.png'}"]
+        command += ["--window-size=840,660", f"--screenshot={PICTURES / 'default_page.png'}"]
         command += ["--virtual-time-budget=9000", (PICTURES / "play.html").as_uri()]
         subprocess.run(command, check=True)
-    shutil.move(ROOT / "gan.nbconvert.ipynb", ROOT / "gan.ipynb")
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):  # for those who cannot see it
+                output.metadata.setdefault("image/png", {})["alt"] = cell.metadata.alt
+    nbformat.write(notebook, ROOT / "gan.ipynb")
+    (ROOT / "gan.nbconvert.ipynb").unlink()
