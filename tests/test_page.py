@@ -34,8 +34,10 @@ def write_generator(folder, game, definitions=gan):
     """Execute page-run, which writes gan_images/generator.js in folder; return gan_images."""
     scope = {"gan": game, "folder": folder, "latent_dim": 12, "game": "a71ba895", "own": 0.541}
     scope |= {"parameters": gan.SimpleNamespace(DATASET="MNIST"), "history": [1, 2], "fresh": 0.589}
+    scope |= {"choices": torch.eye(10), "new_noise": torch.randn(200, 12)}
     scope["shares"] = torch.eye(10).roll(1, 1) * 0.7 + 0.03  # the first choice is mostly a 1
-    scope |= {"choices": torch.eye(10), "held_out": torch.rand(300, 1, 28, 28) * 2 - 1}
+    scope["held_out"] = torch.rand(1000, 1, 28, 28) * 2 - 1
+    scope["evaluator"] = gan.SimpleNamespace(read=lambda x: (None, torch.rand(len(x), 10)))
     (folder / "gan_images").mkdir(exist_ok=True)
     run_cell("page-run", vars(definitions) | scope)
     return folder / "gan_images"
