@@ -96,7 +96,7 @@ def test_the_balanced_game_finds_all_clouds_and_the_collapsed_one_does_not():
     angles = torch.arange(8) * torch.pi / 4
     clouds = 2 * torch.stack([angles.cos(), angles.sin()], 1)
     for options, least, most in ({}, 8, 8), ({"d_every": 10}, 0, 4):
-        game, _ = gan.film_in_plane("", (1000,), **options)
+        game, _ = gan.film_in_plane("", (600,), **options)
         near = torch.cdist(game.generator(game.noise(2000, torch.Generator())), clouds) < 0.45
         assert least <= (near.float().mean(0) >= 0.01).sum() <= most
 
