@@ -11,6 +11,7 @@ import shutil
 import subprocess
 
 import nbformat
+import numpy as np
 from conftest import ROOT
 from PIL import Image
 
@@ -31,7 +32,7 @@ def as_gif(png):
         film.seek(frame)
         frames.append(film.convert("RGB"))
         times.append(film.info["duration"])
-    palette = frames[-1].quantize(64)
+    palette = Image.fromarray(np.hstack(frames)).quantize(64)
     frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
     options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
     frames[0].save(file := io.BytesIO(), "GIF", **options)
