@@ -47,7 +47,7 @@ if __name__ == "__main__":
     shutil.copy(PICTURES / "generator.js", PICTURES / "default_generator.js")
     if browser := shutil.which("chromium"):
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += ["--window-size=840,690", f"--screenshot={PICTURES / 'default_page.png'}"]
+        command += ["--window-size=840,705", f"--screenshot={PICTURES / 'default_page.png'}"]
         command += ["--virtual-time-budget=9000", (PICTURES / "play.html").as_uri()]
         subprocess.run(command, check=True)
     for cell in notebook.cells:
