@@ -1,8 +1,7 @@
 """Make the last default run the committed one: `.venv/bin/python tests/renew.py` after Run.
 
-Copies gan.nbconvert.ipynb to gan.ipynb, with the texts of its pictures for those who cannot see
-them, the generator for the page to its default, and renews the pictures that README shows: that of
-the page in Chromium, where there is one.
+Copies gan.nbconvert.ipynb to gan.ipynb, the generator for the page to its default, and renews the
+pictures that README shows: that of the page in Chromium, where there is one.
 """
 
 import base64
@@ -50,9 +49,4 @@ if __name__ == "__main__":
         command += ["--window-size=840,705", f"--screenshot={PICTURES / 'default_page.png'}"]
         command += ["--virtual-time-budget=9000", (PICTURES / "play.html").as_uri()]
         subprocess.run(command, check=True)
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):  # for those who cannot see it
-                output.metadata.setdefault("image/png", {})["alt"] = cell.metadata.alt
-    nbformat.write(notebook, ROOT / "gan.ipynb")
-    (ROOT / "gan.nbconvert.ipynb").unlink()
+    shutil.move(ROOT / "gan.nbconvert.ipynb", ROOT / "gan.ipynb")
