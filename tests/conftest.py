@@ -22,6 +22,8 @@ if "PYTEST_VERSION" in os.environ:
 for name in [name for name in os.environ if name.startswith("GAN_")]:
     del os.environ[name]  # the tests choose their own parameters
 ROOT, CPU = Path(__file__).resolve().parent.parent, torch.device("cpu")
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 TINY = {"DATASET": "MNIST", "EPOCHS": 2, "BATCH_SIZE": 32, "LATENT_DIM": 12, "LEARNING_RATE": 5e-4}
 TINY |= {"SEED": 1, "LIMIT": 100, "RESUME": 1, "OUTPUT_DIR": "."}  # a run that takes no time
 SMALL = [  # edits that make both networks small, and their games fast
@@ -83,6 +85,13 @@ def git(*command):
     if top.returncode or not ROOT.samefile(top.stdout.rstrip("\n")):
         pytest.skip("not a git clone")
     return subprocess.run([*start, *command], capture_output=True).stdout
+
+
+def browse(page, *options):
+    """Open the file page in the headless browser; return what it prints."""
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", *options]
+    command += ["--virtual-time-budget=20000", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
 
 def new_game(gan, rate=TINY["LEARNING_RATE"]):

@@ -4,14 +4,11 @@ import html
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, gan, load_definitions, new_game, run_cell
+from conftest import BROWSER, ROOT, browse, gan, load_definitions, new_game, run_cell
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome")
 PAGE = (ROOT / "gan_images/play.html").read_text(encoding="utf-8")
 LISTEN = "<script>const errors = []; onerror = text => { errors.push(text); };</script>"
@@ -46,10 +43,8 @@ def write_generator(folder, game, definitions=gan):
 def ask(folder, script, page=PAGE):
     """Open page in folder, run script there, and return what it put into told, and all errors."""
     (folder / "test.html").write_text(LISTEN + page + ASK.replace("SCRIPT", script), "utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    command += ["--virtual-time-budget=20000", (folder / "test.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return json.loads(html.unescape(re.search("<body.*?>(.*)</body>", done.stdout, re.S)[1]))
+    printed = browse(folder / "test.html", "--dump-dom")
+    return json.loads(html.unescape(re.search("<body.*?>(.*)</body>", printed, re.S)[1]))
 
 
 def test_the_page_draws_what_the_generator_draws(game, tmp_path):
@@ -63,9 +58,7 @@ def test_the_page_draws_what_the_generator_draws(game, tmp_path):
 
     assert 0 < error() < 0.004, "more than by rounding"
     assert error(PAGE.replace("slope * sum", "0.1 * sum")) > 0.01
-    wrong = load_definitions(
-        ("page", "map(fuse_linear_bn_eval, ", "map(lambda linear, _: linear, ")
-    )
+    wrong = load_definitions(("page", "map(fuse_linear_bn_eval, ", "map(lambda x, _: x, "))
     write_generator(tmp_path, game, wrong)
     assert error() > 0.01, "without batch norm"
     game.averaged.module = torch.nn.Linear(12, 784)
